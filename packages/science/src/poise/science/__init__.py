@@ -1,0 +1,5 @@
+"""Science: neural differential equations, PDE surrogates, inverse problems, symmetry."""
+
+from poise.core.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

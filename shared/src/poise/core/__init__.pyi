@@ -1,0 +1,2 @@
+from poise.core.penalty import Penalties as Penalties
+from poise.core.penalty import Penalty as Penalty
