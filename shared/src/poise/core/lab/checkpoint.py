@@ -33,9 +33,9 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, BadZipFile, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, BadZipFile, pickle.UnpicklingError) as error:
         raise RunFailed(
-            f"the checkpoint {path} is damaged ({type(error).__name__}); nothing was overwritten. "
+            f"the checkpoint {path} is damaged or cannot be read ({type(error).__name__}); nothing was overwritten. "
             "Delete that file to begin its loop again, or restore it from a copy"
         ) from error
 

@@ -76,6 +76,8 @@ def run_command(options: argparse.Namespace) -> int:
     )
     with _quiet_stdout():
         done = execute.execute(execute.plan(request), progress.for_arm)
+    if not execute.is_main():
+        return 0
     if options.json:
         _print_json(done)
     else:

@@ -16,13 +16,15 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from poise.core.lab import catalogs, settings
 from poise.core.lab.atomic import write_json, write_text
 from poise.core.lab.errors import BadInput, RunFailed
 from poise.core.lab.fingerprint import fingerprint
 from poise.core.lab.run import ArmResult, Run
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +112,16 @@ def execute(plan: Plan, progress: Any = None) -> dict[str, Any]:
     """
     started = time.monotonic()
     out = _folder(plan)
-    results = {arm: _arm(plan, arm, out, progress) for arm in plan.arms}
+    kept = {arm: finished(arm, out) for arm in plan.arms} if is_main() else {}
+    kept = _from_main(kept, plan.request.device)  # decided once, while no process is ahead of another
+    results = {arm: kept[arm] or _arm(plan, arm, out, progress) for arm in plan.arms}
     report = out / "report.html"
-    if _is_main():
+    if is_main():
         _compare(plan, results, out)
         from poise.core.lab.report import write_report
 
         write_report([out], report)
+    _leave_together()
     return {
         "method": plan.settings["method"],
         "preset": plan.request.preset,
@@ -128,7 +133,7 @@ def execute(plan: Plan, progress: Any = None) -> dict[str, Any]:
     }
 
 
-def finished(plan: Plan, arm: str, out: Path) -> ArmResult | None:
+def finished(arm: str, out: Path) -> ArmResult | None:
     """The result of an arm in ``out``, if it is there."""
     path = out / arm / "result.json"
     if not path.is_file():
@@ -145,12 +150,13 @@ def is_stale(plan: Plan, out: Path) -> bool:
 
 
 def _folder(plan: Plan) -> Path:
-    if _is_main():
-        out = plan.request.out or _free_folder(plan)
+    out = plan.request.out
+    if is_main():
+        out = out or _free_folder(plan)
         _claim_folder(plan, out)
-    else:
-        out = Path()
-    return _from_main(out)
+    chosen = _from_main(out, plan.request.device)
+    assert chosen is not None
+    return chosen
 
 
 def _claim_folder(plan: Plan, out: Path) -> None:
@@ -192,9 +198,6 @@ def _free_folder(plan: Plan) -> Path:
 
 
 def _arm(plan: Plan, arm: str, out: Path, progress: Any) -> ArmResult:
-    known = finished(plan, arm, out)
-    if known is not None:
-        return known
     started = time.monotonic()
     folder = out / arm
     request = plan.request
@@ -268,16 +271,32 @@ def _compare(plan: Plan, results: dict[str, ArmResult], out: Path) -> None:
         run.close()
 
 
-def _is_main() -> bool:
+def is_main() -> bool:
+    """Whether this process, of those that ``accelerate launch`` started, writes the results."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _from_main(out: Path) -> Path:
-    """The main process's folder, in every process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return out
+def _from_main(value: T, device: str) -> T:
+    """The main process's value, in every process."""
+    if _processes() == 1:
+        return value
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    PartialState()
-    return Path(broadcast_object_list([str(out)])[0])
+    from poise.core.gpu import pick_device
+
+    PartialState(cpu=pick_device(device).type == "cpu")
+    return broadcast_object_list([value])[0]
+
+
+def _leave_together() -> None:
+    """Wait for the other processes and part with them."""
+    if _processes() > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -107,10 +107,10 @@ class Run:
         """HF accelerate's object, made when first used."""
         from accelerate import Accelerator
 
-        cpu = self._device == "cpu" if self.world > 1 else self.device.type == "cpu"
-        if self.world == 1 and self.device.index is not None:
-            torch.cuda.set_device(self.device)
-        return Accelerator(cpu=cpu, log_with=list(self._trackers) or None, project_dir=self.dir)
+        chosen = pick_device(self._device)
+        if self.world == 1 and chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        return Accelerator(cpu=chosen.type == "cpu", log_with=list(self._trackers) or None, project_dir=self.dir)
 
     @cached_property
     def device(self) -> torch.device:
@@ -262,9 +262,11 @@ class Run:
                 save_file(plain, temporary)
 
     def close(self) -> None:
+        """Close the log and the trackers."""
         self._log.close()
         if self._started_trackers:
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     # Files
 

@@ -121,7 +121,7 @@ def _unfinished(one: Plan) -> bool:
     out = _out(one)
     if is_stale(one, out):
         shutil.rmtree(out)
-    return any(finished(one, arm, out) is None for arm in one.arms)
+    return any(finished(arm, out) is None for arm in one.arms)
 
 
 def _local(jobs: list[Job], workers: int, tell: Callable[[str], None]) -> dict[str, str]:
