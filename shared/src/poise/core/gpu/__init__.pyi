@@ -1,0 +1,13 @@
+from poise.core.gpu.chunking import chunked_map as chunked_map
+from poise.core.gpu.chunking import is_out_of_memory as is_out_of_memory
+from poise.core.gpu.devices import pick_device as pick_device
+from poise.core.gpu.memory import peak_memory as peak_memory
+from poise.core.gpu.precision import Precision as Precision
+from poise.core.gpu.precision import pick_precision as pick_precision
+from poise.core.gpu.seeds import derive_generator as derive_generator
+from poise.core.gpu.seeds import deterministic as deterministic
+from poise.core.gpu.seeds import seed_everything as seed_everything
+from poise.core.gpu.seeds import seed_worker as seed_worker
+from poise.core.gpu.tiling import tiled_apply as tiled_apply
+from poise.core.gpu.timing import StepTimer as StepTimer
+from poise.core.gpu.transfer import prefetch as prefetch
