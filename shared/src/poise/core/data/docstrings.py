@@ -179,8 +179,7 @@ def module_docstrings(module: str, *, without: tuple[str, ...] = (), over: int =
 
 
 def _public(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """Public functions, classes and other callables of a module, and the public methods of its classes, in
-    alphabetical order."""
+    """Public callables of a module and public methods of its classes, in alphabetical order."""
     for name in sorted(getattr(module, "__all__", dir(module))):
         value = getattr(module, name, None)
         if name.startswith("_") or not callable(value):
@@ -195,7 +194,7 @@ def _public(module: ModuleType) -> Iterator[tuple[str, Any]]:
 
 _DOCTEST = re.compile(r"^[ \t]*>>>.*?(?:\n[ \t]*\n|\Z)", re.MULTILINE | re.DOTALL)  # output included
 _LINK = re.compile(r"(?:https?://|doi:|:doi:)\S+|\[[\w*]+\]_|^\.\. \[\w+\]", re.IGNORECASE | re.MULTILINE)
-_MARKS = re.compile(r":[a-z]+(?=`)|[-=~]{3,}|`")
+_MARKS = re.compile(r":[a-z:]+:(?=`)|[-=~]{3,}|`")
 
 
 def _prose(docstring: str, giveaway: re.Pattern[str] | None) -> str:
