@@ -2,12 +2,6 @@ from poise.core import data as data
 from poise.core import functional as functional
 from poise.core import gates as gates
 from poise.core import gpu as gpu
+from poise.core import schedule as schedule
 from poise.core.penalty import Penalties as Penalties
 from poise.core.penalty import Penalty as Penalty
-from poise.core.schedule import Constant as Constant
-from poise.core.schedule import Cosine as Cosine
-from poise.core.schedule import Exponential as Exponential
-from poise.core.schedule import GaussianRamp as GaussianRamp
-from poise.core.schedule import Linear as Linear
-from poise.core.schedule import Piecewise as Piecewise
-from poise.core.schedule import Schedule as Schedule

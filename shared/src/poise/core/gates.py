@@ -131,13 +131,13 @@ def gumbel_softmax(
 
 
 def gumbel_sigmoid(
-    logits: Float[Tensor, "*shape"],
+    logits: Float[Tensor, "..."],
     temperature: float = 1.0,
     *,
     hard: bool = False,
-    noise: Float[Tensor, "*shape"] | None = None,
+    noise: Float[Tensor, "..."] | None = None,
     generator: torch.Generator | None = None,
-) -> Float[Tensor, "*shape"]:
+) -> Float[Tensor, "..."]:
     r"""A relaxed draw of independent binary gates (binary concrete), :math:`\sigma((\ell + \epsilon) / \tau)`, with
     :math:`\epsilon` standard logistic, the difference of two Gumbel draws.
 

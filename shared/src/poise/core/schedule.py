@@ -6,16 +6,12 @@
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
 Schedule = Callable[[int], float]
 """Any function of the step count; the classes below are the usual ones."""
-
-
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
 
 
 @dataclass(frozen=True)
@@ -38,10 +34,10 @@ class Linear:
     delay: int = 0
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
+        _check_steps(self.steps, self.delay)
 
     def __call__(self, step: int) -> float:
-        return self.start + (self.end - self.start) * _progress(step - self.delay, self.steps)
+        return _between(self.start, self.end, _progress(step - self.delay, self.steps))
 
 
 @dataclass(frozen=True)
@@ -54,16 +50,19 @@ class Cosine:
     delay: int = 0
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
+        _check_steps(self.steps, self.delay)
 
     def __call__(self, step: int) -> float:
         eased = (1 - math.cos(math.pi * _progress(step - self.delay, self.steps))) / 2
-        return self.start + (self.end - self.start) * eased
+        return _between(self.start, self.end, eased)
 
 
 @dataclass(frozen=True)
 class GaussianRamp:
-    """The Gaussian ramp-up ``end * exp(-5 (1 - t)^2)``, t from 0 to 1 over ``steps`` (Laine and Aila 2017, section 3)."""
+    """The Gaussian ramp-up ``end * exp(-5 (1 - t)^2)``, t from 0 to 1 over ``steps``; it starts at ``0.0067 * end``.
+
+    Source: Laine and Aila, "Temporal Ensembling for Semi-Supervised Learning", ICLR 2017, section 2.1 and appendix A.
+    """
 
     end: float
     steps: int
@@ -86,6 +85,8 @@ class Exponential:
     def __post_init__(self) -> None:
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must lie in (0, 1], got {self.decay}")
+        if self.floor > self.start:
+            raise ValueError(f"floor must not be above start, got {self.floor} and {self.start}")
 
     def __call__(self, step: int) -> float:
         return max(self.floor, self.start * self.decay**step)
@@ -107,8 +108,20 @@ class Piecewise:
             raise ValueError(f"boundaries must increase, got {self.boundaries}")
 
     def __call__(self, step: int) -> float:
-        return self.values[sum(step >= boundary for boundary in self.boundaries)]
+        return self.values[bisect_right(self.boundaries, step)]
+
+
+def _check_steps(steps: int, delay: int = 0) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if delay < 0:
+        raise ValueError(f"delay must not be negative, got {delay}")
 
 
 def _progress(step: int, steps: int) -> float:
     return min(max(step / steps, 0.0), 1.0)
+
+
+def _between(start: float, end: float, share: float) -> float:
+    """Exactly ``start`` at 0 and ``end`` at 1, and never below zero by rounding between two weights that are not."""
+    return (1 - share) * start + share * end

@@ -14,7 +14,7 @@ Names and patterns are those of :mod:`poise.core.names`: ``blocks.*.mlp``, ``**.
 
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,15 @@ class Taps(Mapping[str, Tensor]):
     """Activations of chosen modules during the most recent forward pass of ``model``; a context manager.
 
     Attach it for one block of code (``with``) or for as long as you like (:meth:`attach`, :meth:`close`). Each forward
-    pass of ``model`` replaces what was held; leaving the block removes every hook and frees every tensor, also after an
-    exception. The values are those of the forward pass: what gradient checkpointing recomputes during the backward pass
-    is not recorded again. Copies of the model (``deepcopy``, pickle) are not tapped.
+    pass of ``model`` replaces what was held, and calls of its modules outside of one are not recorded, unless ``model``
+    itself is never called. Leaving the block removes every hook and frees every tensor, also after an exception. The
+    values are those of the forward pass: what gradient checkpointing recomputes during the backward pass is not
+    recorded again. Copies of the model (``deepcopy``, pickle) are not tapped.
 
     With ``torch.compile`` the taps become part of the compiled graph (``fullgraph=True`` works) if they are attached
-    before its first call; compiled code does not notice hooks that come later. Gradients need a graph break each.
+    before its first call: PyTorch's compiled code does not notice hooks that come later, nor that of several blocks
+    compiled one by one only some have hooks inside, unless ``torch._dynamo.config.skip_nnmodule_hook_guards`` is False.
+    A tap that is missed in this way says so when it is read. Gradients need a graph break each.
 
     Args:
         model: any module, wrapped or not; pass the object that is called in the training loop.
@@ -73,6 +76,7 @@ class Taps(Mapping[str, Tensor]):
         self._model = model
         self._at, self._select, self._detach, self._clone, self._gradients = at, select, detach, clone, gradients
         self._calls: dict[str, list[_Call]] = {name: [] for name in self.modules}
+        self._received: dict[str, dict[int, Tensor]] = {name: {} for name in self.modules}
         self._handles: list[RemovableHandle] = []
         self._active = False
         self._seen = False  # whether the model itself has been called
@@ -113,8 +117,9 @@ class Taps(Mapping[str, Tensor]):
 
     def clear(self) -> None:
         """Free what is held and go on recording."""
-        for calls in self._calls.values():
-            calls.clear()
+        for name in self.modules:
+            self._calls[name].clear()
+            self._received[name] = {}  # a late backward pass writes into the old one
 
     def __enter__(self) -> "Taps":
         return self.attach()
@@ -138,7 +143,8 @@ class Taps(Mapping[str, Tensor]):
                 f"module {name!r} ran {len(calls)} times in one forward pass: read calls({name!r})"
                 if calls
                 else f"module {name!r} has not run since the tap was attached, cleared or the last forward pass began; "
-                "if the model is compiled, attach before its first call or call torch.compiler.reset()"
+                "if the model is compiled, attach before its first call or call torch.compiler.reset(), and if its blocks "
+                "are compiled one by one set torch._dynamo.config.skip_nnmodule_hook_guards = False before that"
             )
         return calls[0]
 
@@ -175,7 +181,7 @@ class Taps(Mapping[str, Tensor]):
         """
         if not self._gradients:
             raise RuntimeError("gradients are not recorded: make the taps with gradients=True")
-        return tuple(call.gradient for call in self._of(name))
+        return tuple(self._received[name].get(number) for number in range(len(self._of(name))))
 
     def _of(self, name: str) -> "list[_Call]":
         if name not in self._calls:
@@ -196,47 +202,52 @@ class Taps(Mapping[str, Tensor]):
             self._depth -= 1
 
     def _record(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        if not self._active or (torch.compiler.is_compiling() and self._seen and not self._depth):
-            # compiled code outlives the hooks it was traced with, and a checkpoint runs a compiled block again
+        if not self._active:  # compiled code outlives the hooks that it was traced with
+            return
+        recomputing = _recomputing()
+        if not recomputing and self._seen and not self._depth:
             return
         given = output if self._at == "output" else {**dict(enumerate(args)), **kwargs}
         tensor = _pick(given, self._select, f"{self._at} of module {name!r}")
-        if _recomputing():
+        if recomputing:
             if self._gradients and tensor.requires_grad:
                 self._watch_recomputed(name, tensor)
             return
         value = tensor.detach() if self._detach else tensor
-        call = _Call(value.clone() if self._clone else value, lost=self._tracked and not torch.is_grad_enabled())
-        self._calls[name].append(call)
+        if self._clone:
+            value = value.clone()
+        # where the compiler orders the writes, versions mean nothing
+        version = None if torch.compiler.is_compiling() or value.is_inference() else value._version
+        self._calls[name].append(_Call(value, version, lost=self._tracked and not torch.is_grad_enabled()))
         if self._gradients and tensor.requires_grad:
-            tensor.register_hook(call.receive)
+            self._watch(name, len(self._calls[name]) - 1, tensor)
 
     def _watch_recomputed(self, name: str, tensor: Tensor) -> None:
         """Reentrant checkpointing: the graph of a module that ran without gradients is only built now."""
-        without = [call for call in self._calls[name] if call.lost]
+        without = [number for number, call in enumerate(self._calls[name]) if call.lost]
         if len(without) > 1:
             raise RuntimeError(
                 f"module {name!r} ran {len(without)} times under reentrant checkpointing, so that its gradients cannot be "
                 "told apart: use checkpointing with use_reentrant=False"
             )
-        for call in without:
-            tensor.register_hook(call.receive)
+        for number in without:
+            self._watch(name, number, tensor)
+
+    def _watch(self, name: str, number: int, tensor: Tensor) -> None:
+        received = self._received[name]
+
+        def receive(gradient: Tensor) -> None:
+            received[number] = gradient.detach()
+
+        tensor.register_hook(receive)
 
 
-class _Call:
+class _Call(NamedTuple):
     """What one call of a module left."""
 
-    __slots__ = ("gradient", "lost", "value", "version")
-
-    def __init__(self, value: Tensor, lost: bool) -> None:
-        self.value = value
-        self.lost = lost
-        self.gradient: Tensor | None = None
-        compiled = torch.compiler.is_compiling()  # where the compiler orders the writes, versions mean nothing
-        self.version = None if compiled or value.is_inference() else value._version
-
-    def receive(self, gradient: Tensor) -> None:
-        self.gradient = gradient.detach()
+    value: Tensor
+    version: int | None
+    lost: bool  # computed without a graph, although the forward pass as a whole has one
 
 
 class _Hook:
@@ -251,8 +262,12 @@ class _Hook:
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _ignore
 
-    def __reduce__(self) -> str:
-        return "_ignore"
+    def __reduce__(self) -> "tuple[Callable[[], Callable[..., None]], tuple[()]]":
+        return _nothing, ()
+
+
+def _nothing() -> Callable[..., None]:
+    return _ignore
 
 
 def _ignore(*_: Any) -> None:

@@ -10,18 +10,27 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One call that the contract repeats under every law (see the workspace's ``tests/test_contract.py``).
+    """One call that the contract repeats under every law (:mod:`poise.core.contract.laws`).
+
+    The contract copies, casts and moves what it finds in the callable and in its arguments: tensors, modules (parameters and
+    buffers, as ``Module.to`` does), generators, and these inside tuples, lists, dicts, dataclasses and ``functools.partial``.
+    It cannot see into a closure: bind a model or a tensor with ``functools.partial``, or make it an argument.
+
+    Results may be tensors or such containers of tensors and numbers; every number in them is compared.
 
     Attributes:
         name: the method's slug with underscores, then a slash and the case: ``"monge_gap/sqeuclidean"``.
         build: makes the callable under test, a function or a module. Called after ``torch.manual_seed``.
-        inputs: makes its positional arguments from a CPU generator, floats in float64; the contract casts and moves them.
+        inputs: makes its positional arguments from a CPU generator, floats in float64; the contract casts and moves them. A method
+            that draws may be given the generator itself; each call then starts from the same state of it.
         differentiable: positions of the arguments whose gradient is checked against finite differences in float64 (and those of a
             module's parameters, if ``parameters``); an empty sequence for a method without gradients.
         parameters: check gradients with respect to the module's parameters too.
         dtypes: reduced precisions in which the result must be finite.
         compile: whether ``torch.compile`` must give the same result.
-        fake_cuda: whether the call must run on fake CUDA tensors; only data-dependent control flow is a reason to say no.
+        fake_cuda: whether the call must run on fake CUDA tensors. Reasons to say no are control flow that depends on the data (a
+            convergence test), and ``torch.autograd.grad`` inside the call, for which PyTorch asks the driver even there. A device of
+            its own is found out all the same: every sample also runs on :mod:`poise.core.contract.stand_in`.
         atol: absolute tolerance of the comparisons in float64.
         reason: why a law is switched off; required when one is.
     """
@@ -38,7 +47,8 @@ class Sample:
     reason: str = ""
 
     def __post_init__(self) -> None:
-        off = not self.differentiable or len(self.dtypes) < 2 or not self.compile or not self.fake_cuda
+        without_gradient = not self.differentiable and not self.parameters
+        off = without_gradient or len(self.dtypes) < 2 or not self.compile or not self.fake_cuda
         if off and not self.reason:
             raise ValueError(f"sample {self.name!r} switches a law off: say why in `reason`")
 

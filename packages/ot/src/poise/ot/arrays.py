@@ -100,15 +100,25 @@ def check_histograms(a: Tensor, b: Tensor, M: Tensor, *, positive: bool = False)
     if M.numel() == 0:
         raise ValueError(f"M must not be empty, got shape {tuple(M.shape)}")
     check_finite(a, b, M)
-    for name, mass in (("a", a.detach()), ("b", b.detach())):
+    check_masses(a, b, positive=positive)
+
+
+def check_masses(a: Tensor, b: Tensor, *, positive: bool = False) -> None:
+    """The part of :func:`check_histograms` that concerns the masses alone, whatever they are attached to.
+
+    Raises:
+        ValueError: a mass is negative or NaN, or zero if ``positive``; a total is zero; or the totals differ.
+    """
+    a, b = a.detach(), b.detach()
+    for name, mass in (("a", a), ("b", b)):
         least = float(mass.min())
-        if least < 0 or (positive and least == 0):
+        if not least >= 0 or (positive and least == 0):
             raise ValueError(f"{name} must hold {'positive' if positive else 'non-negative'} masses, got {least:.6g}")
         if float(mass.sum(-1).min()) == 0:
             raise ValueError(f"{name} must have a positive total mass, got 0")
-    total_a, total_b = (widen(mass.detach()).sum(-1) for mass in (a, b))
+    total_a, total_b = widen(a).sum(-1), widen(b).sum(-1)
     # rounded masses do not add up exactly: 4e-2 in bfloat16, 1e-2 in float16, 2e-5 in float32, 4e-11 in float64
-    tolerance = torch.finfo(a.dtype).eps ** (2 / 3)
+    tolerance = max(torch.finfo(mass.dtype).eps for mass in (a, b)) ** (2 / 3)
     worst = int(((total_a - total_b).abs() / total_a).argmax())
     mass_a, mass_b = float(total_a.reshape(-1)[worst]), float(total_b.reshape(-1)[worst])
     if abs(mass_a - mass_b) > tolerance * mass_a:

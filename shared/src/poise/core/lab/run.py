@@ -307,5 +307,5 @@ def _previous(path: Path) -> Path:
 
 
 def _purpose(reader: Callable[..., Any]) -> str:
-    text = reader.__doc__ or getattr(reader, "__name__", "a data set")
+    text: str = reader.__doc__ or reader.__name__
     return text.strip().splitlines()[0].rstrip(".")

@@ -15,7 +15,7 @@ tensor([[1.5000, 0.0000]])
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,7 @@ from poise.ot.costs.cost import TranslationCost, blockwise
 from poise.ot.costs.norms import SqEuclidean
 
 
+@runtime_checkable
 class Regularizer(Protocol):
     """The function ``r`` of an elastic cost: value, value on all differences, proximal operator."""
 

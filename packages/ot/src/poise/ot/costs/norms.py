@@ -31,11 +31,13 @@ class SqEuclidean(TranslationCost):
         return w / 2
 
     def pairwise(self, x: Float[Tensor, "*batch n d"], y: Float[Tensor, "*batch m d"]) -> Float[Tensor, "*batch n m"]:
-        """``|x_i|^2 + |y_j|^2 - 2 <x_i, y_j>`` about the mean of ``y``, which keeps the digits of data far from 0."""
+        """``|x_i|^2 + |y_j|^2 - 2 <x_i, y_j>`` in one product, about the mean of ``y`` so that data far from 0 keep digits."""
         centre = widen(y.detach()).mean(-2, keepdim=True)
         x_centred, y_centred = widen(x) - centre, widen(y) - centre
-        squares = x_centred.square().sum(-1).unsqueeze(-1) + y_centred.square().sum(-1).unsqueeze(-2)
-        return (squares - 2 * (x_centred @ y_centred.mT)).clamp_min(0).to(x.dtype)
+        squares_x, squares_y = (points.square().sum(-1, keepdim=True) for points in (x_centred, y_centred))
+        left = torch.cat([-2 * x_centred, squares_x, torch.ones_like(squares_x)], -1)
+        right = torch.cat([y_centred, torch.ones_like(squares_y), squares_y], -1)
+        return (left @ right.mT).relu_().to(x.dtype)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Sparse optimal transport: quadratic, entropic and cardinality-constrained plans, batched solvers, and mixture-of-experts routing."""
