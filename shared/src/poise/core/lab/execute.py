@@ -79,9 +79,10 @@ def plan(request: Request) -> Plan:
         raise BadInput(
             f"{method.name} has no preset {request.preset!r}{catalogs.nearest(request.preset, list(experiment.presets))}"
         )
+    arms = experiment.arms_of(request.preset)
     for arm in request.arms:
-        if arm not in experiment.arms:
-            raise BadInput(f"{method.name} has no arm {arm!r}{catalogs.nearest(arm, list(experiment.arms))}")
+        if arm not in arms:
+            raise BadInput(f"{method.name} has no arm {arm!r} in {request.preset}{catalogs.nearest(arm, list(arms))}")
     if request.data is not None and not request.data.exists():
         raise BadInput(f"--data {request.data}: there is no such file or folder")
     config = settings.override(experiment.presets[request.preset], list(request.changes))
@@ -93,7 +94,7 @@ def plan(request: Request) -> Plan:
         "config": values,
         "fingerprint": fingerprint(method.experiment, config=values, seed=request.seed),
     }
-    return Plan(request, experiment, config, request.arms or tuple(experiment.arms), asked)
+    return Plan(request, experiment, config, request.arms or arms, asked)
 
 
 def execute(plan: Plan, progress: Any = None) -> dict[str, Any]:

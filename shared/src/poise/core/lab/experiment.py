@@ -56,6 +56,7 @@ class Experiment:
         arms: what each arm is, by name; the first is the baseline.
         run: trains and measures one arm; returns its metrics (finite floats).
         claims: what the experiment puts to the test.
+        only: the arms of a preset that does not have them all.
         compare: draws figures that need several arms; called with the config, the finished arms and a run whose figures go into
             the report.
     """
@@ -65,6 +66,7 @@ class Experiment:
     arms: Mapping[str, str]
     run: "Callable[[Any, str, Run], Mapping[str, float]]"
     claims: tuple[Claim, ...] = field(default=())
+    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     compare: "Callable[[Any, Mapping[str, ArmResult], Run], None] | None" = None
 
     def __post_init__(self) -> None:
@@ -73,15 +75,17 @@ class Experiment:
         for name, config in self.presets.items():
             if not is_dataclass(config) or isinstance(config, type):
                 raise TypeError(f"{self.method}: preset {name!r} must be an instance of a dataclass")
+        for preset, names in self.only.items():
+            if preset not in self.presets or not set(names) <= self.arms.keys():
+                raise ValueError(f"{self.method}: `only` names the preset {preset!r} and the arms {names}; not all of them exist")
         for claim in self.claims:
-            for arm in (claim.arm, claim.versus):
-                if arm is not None and arm not in self.arms:
-                    raise ValueError(f"{self.method}: a claim names the arm {arm!r}, which does not exist")
             for preset in claim.presets:
                 if preset not in self.presets:
                     raise ValueError(f"{self.method}: a claim names the preset {preset!r}, which does not exist")
+                for arm in (claim.arm, claim.versus):
+                    if arm is not None and arm not in self.arms_of(preset):
+                        raise ValueError(f"{self.method}: a claim names the arm {arm!r}, which {preset!r} does not have")
 
-    @property
-    def baseline(self) -> str:
-        """The first arm."""
-        return next(iter(self.arms))
+    def arms_of(self, preset: str) -> tuple[str, ...]:
+        """The arms that a preset has, the baseline first."""
+        return self.only.get(preset, tuple(self.arms))
