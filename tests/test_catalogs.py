@@ -17,7 +17,9 @@ from poise.core.lab import catalogs
 from poise.core.lab.experiment import Experiment
 
 ROOT = Path(__file__).parents[1]
-MEMBERS = {"core": ROOT / "shared"} | {path.name: path for path in sorted((ROOT / "packages").iterdir()) if path.is_dir()}
+MEMBERS = {"core": ROOT / "shared"} | {
+    path.name: path for path in sorted((ROOT / "packages").iterdir()) if path.is_dir()
+}
 METHODS = [method for point in entry_points(group="poise.domains") if point.name in MEMBERS for method in point.load()]
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.gradcheck import GradcheckError
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from poise.core.contract import laws, modules
 from poise.core.contract.laws import BrokenLawError
@@ -30,6 +32,10 @@ ALL_LAWS = (
     modules.twice_the_weight_gives_twice_the_penalty,
     modules.no_weight_costs_nothing,
     modules.state_survives_a_round_trip,
+)
+ON_A_GPU = pytest.param(
+    laws.runs_on_cuda,
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")],
 )
 
 
@@ -62,6 +68,11 @@ def input_gradient(x: Tensor) -> Tensor:
     return torch.autograd.grad(x.sin().sum(), x, create_graph=True)[0]
 
 
+def in_full_precision(x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ x.T
+
+
 @dataclass
 class Pair:
     """A result that is no tensor."""
@@ -70,12 +81,12 @@ class Pair:
     count: int
 
 
-@pytest.mark.parametrize("law", ALL_LAWS)
+@pytest.mark.parametrize("law", [*ALL_LAWS, ON_A_GPU])
 def test_a_lawful_penalty_keeps_every_law(law: Callable[[Sample], None]) -> None:
     law(sample(Energy, parameters=True))
 
 
-@pytest.mark.parametrize("law", ALL_LAWS[:8])
+@pytest.mark.parametrize("law", [*ALL_LAWS[:8], ON_A_GPU])
 @pytest.mark.parametrize(
     "lawful",
     [
@@ -89,13 +100,15 @@ def test_a_lawful_penalty_keeps_every_law(law: Callable[[Sample], None]) -> None
             inputs=lambda generator: (nn.Linear(3, 2), randn(generator, 4, 3), generator),
             differentiable=(1,),
         ),
+        function(in_full_precision),
+        function(lambda x: checkpoint(lambda part: F.dropout(part.sin()), x, use_reentrant=False)),
         function(
             lambda x: input_gradient(x).square().sum(),
             compile=False,
             fake_cuda=False,
         ),
     ],
-    ids=["function", "dataclass", "partial", "generator", "gradient-inside"],
+    ids=["function", "dataclass", "partial", "generator", "autocast", "checkpoint", "gradient-inside"],
 )
 def test_lawful_functions_keep_the_laws(law: Callable[[Sample], None], lawful: Sample) -> None:
     law(lawful)

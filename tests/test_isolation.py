@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MEMBERS = {"core": ROOT / "shared"} | {path.name: path for path in sorted((ROOT / "packages").iterdir()) if path.is_dir()}
+MEMBERS = {"core": ROOT / "shared"} | {
+    path.name: path for path in sorted((ROOT / "packages").iterdir()) if path.is_dir()
+}
 
 Install = Callable[..., Path]
 
@@ -38,7 +40,13 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Install:
 
     def sync(package: str, *extras: str) -> Path:
         settings = os.environ | {"UV_PROJECT_ENVIRONMENT": str(environment)}
-        options = [f"--package=poise-{package}", *(f"--extra={extra}" for extra in extras), f"--python={sys.executable}"]
+        options = [
+            f"--package=poise-{package}",
+            *(f"--extra={extra}" for extra in extras),
+            f"--python={sys.executable}",
+        ]
+        # uv would take a wheel that it built before from its cache, because it looks for changes in pyproject.toml only
+        options += ["--reinstall-package=poise-core", f"--reinstall-package=poise-{package}"]
         run(uv, "sync", "--quiet", "--frozen", "--no-editable", "--no-default-groups", *options, cwd=ROOT, env=settings)
         return environment / ("Scripts" if os.name == "nt" else "bin")
 

@@ -9,9 +9,11 @@ from poise.core import functional, gates
 from poise.core.memory.ema import EMA
 from poise.core.memory.features import FeatureBank
 from poise.core.memory.samples import SampleBank
-from poise.core.memory.storage import TopK
+from poise.core.memory.storage import TopKRows
 from poise.core.neighbors.search import nearest
 from poise.core.testing import Sample, randn
+from poise.core.weights.conv_spectrum import conv_singular_values, orth_residuals
+from poise.core.weights.orthogonal_conv import OrthogonalRegularizer, conv_orth_loss, kernel_orth_loss
 
 ALL_MASKED = "a distribution without entries raises, which takes the values of the mask"
 DISCRETE = "the forward pass is a step function; the gradient is that of the identity by definition"
@@ -215,10 +217,14 @@ def _push(bank: FeatureBank, rows: Tensor) -> Tensor:
     return bank["rows"]
 
 
-def _follow(model: nn.Module, x: Tensor) -> Tensor:
-    ema = EMA(model, decay=0.5)
+def _follow(ema: EMA, model: nn.Module, x: Tensor) -> Tensor:
     ema.update(model)
     return ema(x)
+
+
+def _averaged() -> partial[Tensor]:
+    ema, model = (nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double() for _ in range(2))
+    return partial(_follow, EMA(ema, decay=0.5), model)
 
 
 REMEMBERED = "what is remembered takes no part in autograd"
@@ -233,7 +239,7 @@ MEMORY = (
     ),
     Sample(
         name="memory/sample_bank_top_k",
-        build=lambda: partial(_remember, SampleBank(9, 4, storage=TopK(2)), torch.tensor([5, 2, 5])),
+        build=lambda: partial(_remember, SampleBank(9, 4, storage=TopKRows(2)), torch.tensor([5, 2, 5])),
         inputs=lambda g: (randn(g, 3, 4).softmax(1),),
         differentiable=(),
         atol=1e-3,
@@ -248,7 +254,7 @@ MEMORY = (
     ),
     Sample(
         name="memory/ema",
-        build=lambda: partial(_follow, nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()),
+        build=_averaged,
         inputs=lambda g: (randn(g, 5, 4),),
     ),
 )
@@ -264,4 +270,51 @@ NEIGHBORS = (
     ),
 )
 
-SAMPLES = FUNCTIONAL + GATES + MEMORY + NEIGHBORS
+
+class OwningRegularizer(OrthogonalRegularizer):
+    """Registers its model, which a regularizer otherwise leaves to its owner, so that the contract finds the weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.model = model
+
+
+ORTHOGONAL_CONV = (
+    Sample(
+        name="orthogonal_conv/rows",
+        build=lambda: conv_orth_loss,
+        inputs=lambda g: (0.4 * randn(g, 4, 3, 3, 3),),
+    ),
+    Sample(
+        name="orthogonal_conv/columns",
+        build=lambda: partial(conv_orth_loss, stride=2, groups=2),
+        inputs=lambda g: (0.4 * randn(g, 20, 2, 3, 3),),
+    ),
+    Sample(
+        name="orthogonal_conv/volumes",
+        build=lambda: partial(conv_orth_loss, stride=(1, 2, 1), dilation=(2, 1, 1), squared=False),
+        inputs=lambda g: (0.4 * randn(g, 4, 2, 2, 3, 1),),
+    ),
+    Sample(name="orthogonal_conv/kernel", build=lambda: kernel_orth_loss, inputs=lambda g: (randn(g, 6, 2, 3),)),
+    Sample(
+        name="orthogonal_conv/spectrum",
+        build=lambda: partial(conv_singular_values, input_size=(6, 4), stride=2),
+        inputs=lambda g: (randn(g, 5, 2, 3, 3),),
+    ),
+    Sample(
+        name="orthogonal_conv/residuals",
+        build=lambda: partial(orth_residuals, input_size=5),
+        inputs=lambda g: (randn(g, 4, 2, 3, 3),),
+    ),
+    Sample(
+        name="orthogonal_conv/regularizer",
+        build=lambda: OwningRegularizer(
+            nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 6, 3, groups=3, stride=2)).double()
+        ),
+        inputs=lambda g: (),
+        differentiable=(),
+        parameters=True,
+    ),
+)
+
+SAMPLES = FUNCTIONAL + GATES + MEMORY + NEIGHBORS + ORTHOGONAL_CONV

@@ -9,12 +9,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from poise.core.gpu.memory import peak_memory
 from poise.core.neighbors import adaptive
 from poise.core.neighbors.adaptive import AdaptiveSearch
-from poise.core.neighbors.libraries import TreeSearch
+from poise.core.neighbors.libraries import FaissSearch, TreeSearch
 from poise.core.neighbors.matmul import MatmulSearch
 from poise.core.neighbors.search import Nearest, Neighbors, nearest
 
@@ -159,28 +158,39 @@ def test_shortened_products_and_autocast_do_not_change_the_answer(precision: str
     assert_same(found, brute_force(queries, data, 5))
 
 
-class Largest(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation returns."""
+def test_the_floor_is_proven_under_autocast_too(generator: torch.Generator) -> None:
+    search = MatmulSearch(torch.randn(3_000, 16, generator=generator), 2**25)
+    queries = torch.randn(20, 16, generator=generator, dtype=torch.float64)
+    plain = search.candidates(queries, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = search.candidates(queries, 4)
+    assert all(torch.equal(a, b) for a, b in zip(plain, lowered, strict=True))
 
-    nbytes = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf._base is None:
-                self.nbytes = max(self.nbytes, leaf.nbytes)
-        return out
+@pytest.mark.parametrize("search", [MatmulSearch, TreeSearch, pytest.param(FaissSearch, marks=needs_faiss)])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_no_row_outside_the_candidates_lies_below_the_floor(
+    search: Any, offset: float, generator: torch.Generator
+) -> None:
+    data = offset + torch.randn(2_000, 8, generator=generator)
+    queries = offset + 3 * torch.randn(50, 8, generator=generator, dtype=torch.float64)
+    index, floor = search(data, 2**25).candidates(queries, 4)
+    squared = (queries[:, None] - data.double()).square().sum(-1)
+    squared.scatter_(1, index.clamp(max=1_999), math.inf)
+    assert (squared.amin(1) >= floor).all()
+    assert (squared.amin(1) <= 1.01 * floor).any()  # and it is not a void one
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_working_memory_stays_within_the_budget(tied: bool, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("budget", [2**17, 2**20])
+def test_working_memory_stays_within_the_budget(tied: bool, budget: int, generator: torch.Generator) -> None:
     data = torch.zeros(3_000, 5) if tied else torch.randn(3_000, 5, generator=generator)
-    queries, budget = torch.randn(20, 5, generator=generator), 2**17
+    queries = torch.randn(20, 5, generator=generator)
     index = Neighbors(data, "matmul", memory=budget)
-    with Largest() as largest:
-        found = index.query(queries, 2)
-    assert largest.nbytes <= budget
-    assert_same(found, Neighbors(data, "matmul").query(queries, 2))
+    found: list[Nearest] = []
+    peak = 1e6 * peak_memory(lambda: found.append(index.query(queries, 2)))
+    assert peak <= budget + 8 * (queries.numel() + 4 * len(queries) * 2)
+    assert_same(found[0], brute_force(queries, data, 2))
 
 
 def test_too_little_memory_says_how_much_suffices(generator: torch.Generator) -> None:

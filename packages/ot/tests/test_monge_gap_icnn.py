@@ -236,9 +236,13 @@ def test_conjugate_agrees_with_scipy():
 
         def objective(point, row=row):
             point = torch.from_numpy(point)
-            return float((potential(point) - point @ row).detach()), (potential_gradient(potential, point) - row).detach().numpy()
+            return float((potential(point) - point @ row).detach()), (
+                potential_gradient(potential, point) - row
+            ).detach().numpy()
 
-        assert minimize(objective, [0.0, 0.0], jac=True, method="L-BFGS-B").fun == pytest.approx(-float(value), rel=1e-6)
+        assert minimize(objective, [0.0, 0.0], jac=True, method="L-BFGS-B").fun == pytest.approx(
+            -float(value), rel=1e-6
+        )
 
 
 def test_conjugate_tells_what_has_not_converged():
@@ -271,7 +275,9 @@ def gaussian_pair():
 def test_neural_dual_finds_the_map_between_gaussians(method, positivity):
     x, y = gaussian_pair()
     potentials = [ICNN(2, (16, 16), positivity=positivity) for _ in range(2)]
-    solver = NeuralDualSolver(*potentials, method, optimizer=ADAM, inner_steps=4 if method == "amortized" else 1, cycle_weight=2.0)
+    solver = NeuralDualSolver(
+        *potentials, method, optimizer=ADAM, inner_steps=4 if method == "amortized" else 1, cycle_weight=2.0
+    )
     solver.fit(x.split(250), y.split(250), steps=100)
     matrix, offset = gaussian_map(x, y)
     optimal = x @ matrix + offset

@@ -20,6 +20,7 @@ from poise.ot.costs.norms import SqEuclidean as SqEuclidean
 from poise.ot.costs.norms import SqPNorm as SqPNorm
 from poise.ot.maps.conditional import ConditionalMongeMap as ConditionalMongeMap
 from poise.ot.maps.conditional import ConditionalMongeMapEstimator as ConditionalMongeMapEstimator
+from poise.ot.maps.conditional import ContextEncoder as ContextEncoder
 from poise.ot.maps.conditional import DoseContext as DoseContext
 from poise.ot.maps.conditional import EmbeddingContext as EmbeddingContext
 from poise.ot.maps.conditional import JoinedContext as JoinedContext
@@ -46,3 +47,15 @@ from poise.ot.entropic.sinkhorn import sinkhorn as sinkhorn
 from poise.ot.maps.monge_gap import MongeGapLoss as MongeGapLoss
 from poise.ot.maps.monge_gap import monge_gap as monge_gap
 from poise.ot.maps.monge_gap import monge_gap_from_samples as monge_gap_from_samples
+from poise.ot.sparse.projection import sparse_simplex_projection as sparse_simplex_projection
+from poise.ot.sparse.regularizers import ColumnRegularizer as ColumnRegularizer
+from poise.ot.sparse.regularizers import NegEntropy as NegEntropy
+from poise.ot.sparse.regularizers import SparsityConstrained as SparsityConstrained
+from poise.ot.sparse.regularizers import SquaredL2 as SquaredL2
+from poise.ot.sparse.sparse_ot import OTResult as OTResult
+from poise.ot.sparse.sparse_ot import solve_dual as solve_dual
+from poise.ot.sparse.sparse_ot import solve_semi_dual as solve_semi_dual
+from poise.ot.sparse.sparse_ot import sparsity_constrained_ot as sparsity_constrained_ot
+from poise.ot.sparse.recovery import recover_plan as recover_plan
+from poise.ot.sparse.router import SparseOTRouter as SparseOTRouter
+from poise.ot.sparse.color_transfer import color_transfer as color_transfer

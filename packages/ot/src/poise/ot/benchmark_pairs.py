@@ -39,7 +39,7 @@ PUBLISHED_STRONG_CONVEXITY = 1e-2
 STANDARDISATION_SAMPLES = 2**14
 
 
-def l2_uvp(mapped: Float[Tensor, "n d"], optimal: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+def l2_uvp(mapped: Float[Tensor, "n d"], optimal: Float[Tensor, "..."]) -> Float[Tensor, ""]:
     r"""Unexplained variance of a map in percent, ``100 E|T(x) - T*(x)|^2 / Var(T*(x))``.
 
     Args:
@@ -192,7 +192,11 @@ class QuadraticICNN(nn.Module):
         super().__init__()
         self.strong_convexity = strong_convexity
         self.depth = sum(key.startswith("convex_layers.") for key in state)
-        names = [f"quadratic_layers.{i}.{part}" for i in range(self.depth + 1) for part in ("quadratic_decomposed", "weight", "bias")]
+        names = [
+            f"quadratic_layers.{i}.{part}"
+            for i in range(self.depth + 1)
+            for part in ("quadratic_decomposed", "weight", "bias")
+        ]
         names += [f"convex_layers.{i}.weight" for i in range(self.depth)] + ["final_layer.weight"]
         missing = [name for name in names if name not in state]
         if missing:
@@ -205,7 +209,9 @@ class QuadraticICNN(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         z = self._quadratic(0, x)
         for layer in range(self.depth):
-            z = functional.celu(functional.linear(z, self.get_buffer(f"convex_layers_{layer}_weight")) + self._quadratic(layer + 1, x))
+            z = functional.celu(
+                functional.linear(z, self.get_buffer(f"convex_layers_{layer}_weight")) + self._quadratic(layer + 1, x)
+            )
         final = functional.linear(z, self.get_buffer("final_layer_weight")).squeeze(-1)
         return final + self.strong_convexity * x.square().sum(-1) / 2
 
@@ -289,10 +295,14 @@ def read_mixture_pair(folder: Path, dim: int) -> BenchmarkPair:
     places = [folder, folder / "Mix3toMix10", folder / "benchmarks" / "Mix3toMix10"]
     found = next((place for place in places if all((place / name).is_file() for name in names)), None)
     if found is None:
-        raise FileNotFoundError(f"expected Mix3toMix10/{names[0]} and {names[1]} of the Wasserstein-2 benchmark in {folder}")
+        raise FileNotFoundError(
+            f"expected Mix3toMix10/{names[0]} and {names[1]} of the Wasserstein-2 benchmark in {folder}"
+        )
     potentials = [QuadraticICNN(torch.load(found / name, map_location="cpu", weights_only=True)) for name in names]
     random = np.random.RandomState(0)
-    source = _random_mixture(dim, 3, lambda: random.choice(3, 3, replace=False), lambda *shape: random.normal(size=shape))
+    source = _random_mixture(
+        dim, 3, lambda: random.choice(3, 3, replace=False), lambda *shape: random.normal(size=shape)
+    )
     return BenchmarkPair(source, _Sum(potentials), torch.Generator().manual_seed(0))
 
 

@@ -6,9 +6,8 @@ nullable and string columns) and that of AnnData 0.7, in which 4i and sci-Plex 3
 
 Format: https://anndata.readthedocs.io/en/stable/fileformat-prose.html
 
->>> from poise.ot import read_cells
->>> cells = read_cells("sciplex3.h5ad", features="obsm/X_pca")       # doctest: +SKIP
->>> source, target = cells.controls(), cells.treated("givinostat", 1000.0)       # doctest: +SKIP
+    cells = read_cells("sciplex3.h5ad", features="obsm/X_pca")
+    source, target = cells.controls(), cells.treated("givinostat", 1000.0)
 """
 
 from dataclasses import dataclass
@@ -49,7 +48,9 @@ class Cells:
     def contexts(self) -> list[tuple[str, float]]:
         """The treatments that occur, ``(drug, dose)``, sorted."""
         treated = ~self.control
-        return sorted({(str(drug), float(dose)) for drug, dose in zip(self.drug[treated], self.dose[treated], strict=True)})
+        return sorted(
+            {(str(drug), float(dose)) for drug, dose in zip(self.drug[treated], self.dose[treated], strict=True)}
+        )
 
     def controls(self) -> Float[Tensor, "cells features"]:
         """The untreated cells."""
@@ -98,15 +99,16 @@ def read_cells(
         doses = np.zeros(len(drugs)) if dose is None else _numbers(_column(file["obs"], dose), dose)
         controls = _truths(_column(file["obs"], control), control) if control in file["obs"] else drugs == control
         matrix = _matrix(file, features)
-        names = tuple(_column(file["var"], _index_name(file["var"])).astype(str)) if not features.startswith("obsm/") else ()
+        genes = _column(file["var"], _attribute(file["var"], "_index") or "_index").astype(str).tolist()
     if len(matrix) != len(drugs) or len(doses) != len(drugs):
         raise ValueError(f"{path}: {features!r} has {len(matrix)} rows for {len(drugs)} cells")
     if not np.isfinite(matrix).all():
         raise ValueError(f"{path}: {features!r} has entries that are not finite")
     if not controls.any() or controls.all():
         raise ValueError(f"{path}: {int(controls.sum())} of {len(controls)} cells are controls: a map needs both kinds")
-    names = names or tuple(f"{features.split('/')[-1]}_{index}" for index in range(matrix.shape[1]))
-    return Cells(torch.from_numpy(matrix), names, drugs, doses, controls)
+    component = features.removeprefix("obsm/")  # its columns are no genes and have no names
+    names = genes if component == features else [f"{component}_{index}" for index in range(matrix.shape[1])]
+    return Cells(torch.from_numpy(matrix), tuple(names), drugs, doses, controls)
 
 
 def _import_h5py() -> ModuleType:
@@ -132,10 +134,6 @@ def _attribute(node: "h5py.Group | h5py.Dataset", *names: str) -> str:
     """The first of the attributes that is there, as text."""
     value = next((node.attrs[name] for name in names if name in node.attrs), "")
     return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _index_name(table: "h5py.Group") -> str:
-    return _attribute(table, "_index") or "_index"
 
 
 def _column(table: "h5py.Group", name: str) -> np.ndarray:
@@ -189,7 +187,8 @@ def _truths(column: np.ndarray, name: str) -> np.ndarray:
 def _matrix(file: "h5py.File", features: str) -> np.ndarray:
     """A dense float32 matrix from a dense, CSR or CSC one."""
     if features not in file:
-        held = [key for key in ("X", *(f"{group}/{name}" for group in ("layers", "obsm") for name in file.get(group, ()))) if key in file]
+        nested = [f"{group}/{name}" for group in ("layers", "obsm") for name in file.get(group, ())]
+        held = [*(["X"] if "X" in file else []), *nested]
         raise ValueError(f"the file has no matrix {features!r}; it has {_shortened(held)}")
     node: Any = file[features]
     if not hasattr(node, "keys"):

@@ -153,36 +153,24 @@ def runs_on_fake_cuda(sample: Sample) -> None:
 
 def runs_on_a_device_of_its_own(sample: Sample) -> None:
     """On the stand-in device, result and gradient stay on the device and equal those on the CPU."""
-    function, arguments = case(sample)
-    expected = _with_gradients(sample, function, arguments)
+    expected = _with_gradients(sample, *case(sample))
     with StandIn() as device:
-
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device)
-
-        result = _with_gradients(sample, converted(function, moved), converted(arguments, moved))
-        _require_device(sample, tensors(result), device.type)
-        on_cpu = converted(result, back_on_cpu)
-    if found := difference(expected, on_cpu, rtol=RTOL, atol=sample.atol):
+        result = converted(_elsewhere(sample, device, torch.Generator.clone_state), back_on_cpu)
+    if found := difference(expected, result, rtol=RTOL, atol=sample.atol):
         raise BrokenLawError(f"{sample.name}: (0: result, 1: gradient) on another device differs from the CPU: {found}")
 
 
 def runs_on_cuda(sample: Sample) -> None:
-    """On a GPU, result and gradient stay there; unless the method draws random numbers, they equal those on the CPU."""
+    """On a GPU, result and gradient stay there and equal those on the CPU; of a method that draws, they are finite."""
     function, arguments = case(sample)
     expected = _with_gradients(sample, function, arguments)
-    draws = bool(difference(expected, _with_gradients(sample, *case(sample, seed=1))))
-
-    def moved(holder: Any) -> Any:
-        return converted(holder, lambda tensor: tensor.to("cuda"), lambda _: torch.Generator("cuda").manual_seed(0))
-
-    result = _with_gradients(sample, moved(function), moved(arguments))
-    _require_device(sample, tensors(result), "cuda")
-    on_cpu = converted(result, Tensor.cpu)
-    if draws:
-        if not all(tensor.isfinite().all() for tensor in tensors(on_cpu)):
-            raise BrokenLawError(f"{sample.name}: on CUDA the result or the gradient has entries that are not finite")
-    elif found := difference(expected, on_cpu, rtol=RTOL, atol=sample.atol):
+    draws = bool(difference(expected, _with_gradients(sample, function, arguments, seed=1)))
+    draws |= any(isinstance(leaf, torch.Generator) for _, leaf in leaves((function, arguments)))
+    device = torch.device("cuda")
+    result = converted(_elsewhere(sample, device, lambda _: torch.Generator(device).manual_seed(0)), Tensor.cpu)
+    if draws and not all(number.isfinite().all() for number in floats(result)):
+        raise BrokenLawError(f"{sample.name}: on CUDA the result or the gradient has entries that are not finite")
+    if not draws and (found := difference(expected, result, rtol=RTOL, atol=sample.atol)):
         raise BrokenLawError(f"{sample.name}: (0: result, 1: gradient) on CUDA differs from the CPU: {found}")
 
 
@@ -248,12 +236,27 @@ def _variables(sample: Sample, function: Call, arguments: Arguments) -> list[Ten
     return [variable.requires_grad_() for variable in declared]
 
 
+def _elsewhere(
+    sample: Sample, device: torch.device, generator: Callable[[torch.Generator], torch.Generator]
+) -> tuple[Any, list[Tensor]]:
+    """Result and gradients of the sample moved to a device; all of them must be there."""
+    function, arguments = converted(case(sample), lambda tensor: tensor.to(device), generator)
+    found = _with_gradients(sample, function, arguments)
+    _require_device(sample, tensors(found), device.type)
+    return found
+
+
 def _with_gradients(
-    sample: Sample, function: Call, arguments: Arguments, wrap: Callable[[Call], Call] = lambda function: function
+    sample: Sample,
+    function: Call,
+    arguments: Arguments,
+    *,
+    seed: int = 0,
+    wrap: Callable[[Call], Call] = lambda function: function,
 ) -> tuple[Any, list[Tensor]]:
     """The result and the gradients of a fixed weighted sum of its numbers with respect to the declared variables."""
     variables = _variables(sample, function, arguments)
-    result = call(function, arguments, memo={id(variable): variable for variable in variables}, wrap=wrap)
+    result = call(function, arguments, seed=seed, memo={id(variable): variable for variable in variables}, wrap=wrap)
     terms = [_weighted_sum(out) for out in floats(result) if out.requires_grad]
     if not variables or not terms:
         return result, []

@@ -47,7 +47,8 @@ def no_weight_costs_nothing(sample: Sample) -> None:
         if penalty.value is not None:
             raise BrokenLawError(f"{sample.name}: weight 0 leaves an old `value` behind")
         loss = sum((variable.sum() for variable in variables), start=zero)
-        if any((gradient != 1).any() for gradient in torch.autograd.grad(loss, variables)):
+        gradients = torch.autograd.grad(loss, variables) if variables else ()  # a penalty may take no arguments
+        if any((gradient != 1).any() for gradient in gradients):
             raise BrokenLawError(f"{sample.name}: weight 0 changes the gradient of the rest of the loss")
 
 

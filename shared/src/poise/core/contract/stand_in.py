@@ -17,7 +17,9 @@ tensor([2., 2., 2.])
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -49,14 +51,25 @@ class StandIn:
     """Context in which :data:`DEVICE` exists; tensors get there by ``.to(device)`` or by being created there."""
 
     def __enter__(self) -> torch.device:
-        self._modes = (_FromData(), _Everywhere())
-        for mode in self._modes:
-            mode.__enter__()
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(torch.autocast, "__init__", _autocast_of_the_cpu))
+            # where torch.utils.checkpoint looks for random states of the device
+            stack.enter_context(patch.object(torch, DEVICE.type, torch.cpu, create=True))
+            stack.enter_context(_FromData())
+            stack.enter_context(_Everywhere())
+            self._contexts = stack.pop_all()
         return DEVICE
 
     def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*error)
+        self._contexts.__exit__(*error)
+
+
+_autocast_init = torch.autocast.__init__
+
+
+def _autocast_of_the_cpu(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
+    """PyTorch has no autocast for the device type behind the stand-in, but ``enabled=False`` is right for any device."""
+    _autocast_init(self, "cpu" if device_type == DEVICE.type else device_type, *args, **kwargs)
 
 
 class _Elsewhere(Tensor):

@@ -3,6 +3,7 @@
 Loading unpickles nothing but tensors and plain containers (``weights_only=True``).
 """
 
+import io
 import pickle
 import random
 from collections.abc import Mapping
@@ -21,8 +22,10 @@ from poise.core.lab.errors import RunFailed
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write ``state`` so that ``path`` is at every moment a complete checkpoint."""
+    buffer = io.BytesIO()  # torch.save to a file would hide the reason when the disk is full
+    torch.save(dict(state), buffer)
     with replacing(path) as temporary:
-        torch.save(dict(state), temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load(path: Path) -> dict[str, Any]:

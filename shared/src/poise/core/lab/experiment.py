@@ -77,14 +77,18 @@ class Experiment:
                 raise TypeError(f"{self.method}: preset {name!r} must be an instance of a dataclass")
         for preset, names in self.only.items():
             if preset not in self.presets or not set(names) <= self.arms.keys():
-                raise ValueError(f"{self.method}: `only` names the preset {preset!r} and the arms {names}; not all of them exist")
+                raise ValueError(
+                    f"{self.method}: `only` names the preset {preset!r} and the arms {names}; not all of them exist"
+                )
         for claim in self.claims:
             for preset in claim.presets:
                 if preset not in self.presets:
                     raise ValueError(f"{self.method}: a claim names the preset {preset!r}, which does not exist")
                 for arm in (claim.arm, claim.versus):
                     if arm is not None and arm not in self.arms_of(preset):
-                        raise ValueError(f"{self.method}: a claim names the arm {arm!r}, which {preset!r} does not have")
+                        raise ValueError(
+                            f"{self.method}: a claim names the arm {arm!r}, which {preset!r} does not have"
+                        )
 
     def arms_of(self, preset: str) -> tuple[str, ...]:
         """The arms that a preset has, the baseline first."""

@@ -257,7 +257,10 @@ class Run:
         from safetensors.torch import save_file
 
         if self.is_main:
-            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            plain = {
+                key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for key, tensor in tensors.items()
+            }
             with replacing(self.dir / "artifacts" / f"{name}.safetensors") as temporary:
                 save_file(plain, temporary)
 

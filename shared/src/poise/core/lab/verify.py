@@ -201,10 +201,15 @@ def _judge_all(first: Plan, preset: str, arms: dict[str, dict[str, list[float]]]
 
 
 def _publish_figure(figures: Path, verdict: Path) -> None:
-    """Keep the first comparison of the first seed beside the verdict, for the docs page."""
+    """Keep the first comparison of the first seed beside the verdict, for the docs page: small, with a palette of 256 colours."""
+    from PIL import Image
+
     for figure in sorted(figures.glob("*.png"))[:1]:
+        with Image.open(figure) as picture:
+            picture.thumbnail((1600, 2400))
+            small = picture.convert("RGB").quantize(256)
         with replacing(verdict.with_suffix(".png")) as temporary:
-            shutil.copyfile(figure, temporary)
+            small.save(temporary, format="PNG", optimize=True)
 
 
 def _publish(path: Path, verdict: dict[str, Any], tell: Callable[[str], None]) -> None:

@@ -27,15 +27,16 @@ class TreeSearch:
 
     def batch(self, count: int) -> int:
         """How many queries fit into the memory at once."""
-        return _batch(self.memory, count, self.columns)
+        return _batch(self.memory, count + 1, self.columns)
 
     def candidates(
         self, queries: Float[Tensor, "m d"], count: int
     ) -> tuple[Int[Tensor, "m candidates"], Float[Tensor, " m"]]:
-        """The ``count`` best rows, ascending; all others are at least as far as the worst of them."""
-        distance, index = self.tree.query(queries.cpu().numpy(), k=range(1, count + 1), workers=torch.get_num_threads())
+        """One row more than wanted, ascending; all others are at least as far as the farthest of them."""
+        taken = min(count + 1, self.rows)
+        distance, index = self.tree.query(queries.cpu().numpy(), k=range(1, taken + 1), workers=torch.get_num_threads())
         floor = torch.from_numpy(distance[:, -1] ** 2 * (1 - self.slack)).to(queries.device)
-        if count == self.rows:
+        if taken == self.rows:
             floor = torch.full_like(floor, torch.inf)
         return torch.from_numpy(np.sort(index, axis=1)).to(queries.device), floor
 
@@ -45,7 +46,7 @@ class TreeSearch:
         """The contents of a ball around each query."""
         radius = (squared.sqrt() * (1 + self.slack)).tolist()
         balls = (self.tree.query_ball_point(*ball) for ball in zip(queries.cpu().numpy(), radius, strict=True))
-        return _pieces(balls, self.memory // (32 * self.columns), queries.device)
+        return _pieces(balls, self.memory // (48 * (self.columns + 4)), queries.device)
 
 
 class FaissSearch:
@@ -66,17 +67,18 @@ class FaissSearch:
 
     def batch(self, count: int) -> int:
         """How many queries fit into the memory at once."""
-        return _batch(self.memory, count, self.columns)
+        return _batch(self.memory, count + 4, self.columns)
 
     def candidates(
         self, queries: Float[Tensor, "m d"], count: int
     ) -> tuple[Int[Tensor, "m candidates"], Float[Tensor, " m"]]:
-        """The ``count`` best rows by float32 distances, ascending, and the floor of the rest."""
+        """A few rows more than wanted by float32 distances, ascending, and the floor of the rest."""
+        taken = min(count + 4, self.rows)
         points = self.frame(queries)
-        distance, index = self.index.search(self._float32(points), count)
+        distance, index = self.index.search(self._float32(points), taken)
         floor = (torch.from_numpy(distance[:, -1]).to(points) - self._error(points)) / self.frame.scale**2
         floor.masked_fill_(points.norm(dim=1) > FAR, -torch.inf)
-        if count == self.rows:
+        if taken == self.rows:
             floor = torch.full_like(floor, torch.inf)
         index[index < 0] = self.rows  # distances that overflowed
         return torch.from_numpy(np.sort(index, axis=1)).to(queries.device), floor
@@ -88,7 +90,7 @@ class FaissSearch:
         points = self.frame(queries)
         limit = ((squared * self.frame.scale**2 + self._error(points)) * (1 + 2.0**-22)).tolist()
         return _pieces(
-            map(self._ball, self._float32(points), limit), self.memory // (32 * self.columns), queries.device
+            map(self._ball, self._float32(points), limit), self.memory // (48 * (self.columns + 4)), queries.device
         )
 
     def _ball(self, point: np.ndarray, radius: float) -> np.ndarray:

@@ -28,6 +28,7 @@ from torch import Tensor
 _UNIT = 2.0**-24
 _SHORTENED = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}  # unit roundoff of TF32 and bfloat16
 _CACHE = 4 * 2**20  # bytes of a tile on the CPU: it is read again at once and should still be in the cache
+_SPARE = 3  # blocks beyond the rows wanted: enough to separate them from the rest unless rows coincide
 
 FAR = 2.0**60
 """Squared distances of queries further outside the data than this many radii could overflow float32."""
@@ -76,9 +77,9 @@ class MatmulSearch:
 
     def batch(self, count: int) -> int:
         """How many queries fit into the memory at once."""
-        size = self._block(count)
+        size, taken = self._blocks(count)
         # minima and their transpose, candidates as data, in float64 and squared, and a quarter for the tile of scores
-        need = 4 * (8 * -(-self.rows // size) + 24 * count * size * self.columns) // 3 + 16 * size
+        need = 4 * (8 * -(-self.rows // size) + 24 * taken * size * self.columns) // 3 + 16 * size
         if self.memory < need:
             raise ValueError(f"memory must be at least {need} bytes for one query, got {self.memory}")
         return self.memory // need
@@ -86,15 +87,15 @@ class MatmulSearch:
     def candidates(
         self, queries: Float[Tensor, "m d"], count: int
     ) -> tuple[Int[Tensor, "m candidates"], Float[Tensor, " m"]]:
-        """The rows of the best ``count`` blocks, ascending (n past the end), and the floor of the others."""
-        size = self._block(count)
+        """The rows of the best blocks, ascending (n past the end), and the floor of the others."""
+        size, taken = self._blocks(count)
         points = self.frame(queries)
         lowest = self._block_minima(points, size)
-        if count >= lowest.shape[1]:
+        if taken >= lowest.shape[1]:
             block = torch.arange(lowest.shape[1], device=queries.device).expand(lowest.shape)
             floor = torch.full_like(points[:, 0], torch.inf)
         else:
-            score, block = lowest.topk(count + 1, dim=1, largest=False)
+            score, block = lowest.topk(taken + 1, dim=1, largest=False)
             floor = (2 * score[:, -1].double() + self._offset(points)) / self.frame.scale**2
             block = block[:, :-1].sort(dim=1).values
         index = (block[:, :, None] * size + torch.arange(size, device=queries.device)).flatten(1)
@@ -108,15 +109,14 @@ class MatmulSearch:
         # the largest score of a row that may lie within the radius, rounded up
         limit = ((squared * self.frame.scale**2 - self._offset(points)) / 2).float()
         limit = limit.nextafter(torch.full_like(limit, torch.inf))
-        piece = max(1, self.memory // (32 * (self.columns + 4)))
+        piece = max(1, self.memory // (48 * (self.columns + 4)))
         for some in torch.arange(queries.shape[0], device=queries.device).split(256):
             lifted = _lift(points[some])
-            step = max(1, self.memory // (32 * some.numel()))
+            step = max(1, self.memory // (64 * some.numel()))
+            tile = lifted.new_empty((min(step, self.rows), some.numel()))
             for start in range(0, self.rows, step):
-                with torch.autocast(queries.device.type, enabled=False):
-                    score = self.lifted[start : start + step] @ lifted
                 # negated, so that an overflow (NaN) rules nothing out
-                row, query = (~(score > limit[some])).nonzero(as_tuple=True)
+                row, query = (~(self._score(start, lifted, tile) > limit[some])).nonzero(as_tuple=True)
                 for at in range(0, row.numel(), piece):
                     yield some[query[at : at + piece]], row[at : at + piece] + start
 
@@ -127,16 +127,21 @@ class MatmulSearch:
         budget = self.memory // 4 if points.device.type != "cpu" else min(self.memory // 4, _CACHE)
         step = max(1, budget // (4 * queries * size)) * size
         tile = lifted.new_empty((min(step, self.rows), queries))
-        with torch.autocast(points.device.type, enabled=False):
-            for start in range(0, self.rows, step):
-                rows = self.lifted[start : start + step]
-                score = torch.mm(rows, lifted, out=tile[: rows.shape[0]])
-                first, whole = start // size, rows.shape[0] // size
-                blocks = score[: whole * size].view(whole, size, queries)
-                torch.amin(blocks, dim=1, out=lowest[first : first + whole])
-                if whole * size < rows.shape[0]:
-                    torch.amin(score[whole * size :], dim=0, out=lowest[first + whole])
+        for start in range(0, self.rows, step):
+            score = self._score(start, lifted, tile)
+            first, whole = start // size, score.shape[0] // size
+            blocks = score[: whole * size].view(whole, size, queries)
+            lowest[first : first + whole] = blocks.amin(dim=1)
+            if whole * size < score.shape[0]:
+                lowest[first + whole] = score[whole * size :].amin(dim=0)
         return lowest.T.contiguous()
+
+    def _score(
+        self, start: int, lifted: Float[Tensor, "lifted m"], tile: Float[Tensor, "rows m"]
+    ) -> Float[Tensor, "part m"]:
+        """The scores of the rows from ``start`` on, as many as the tile holds; ``out=`` also keeps autocast away."""
+        rows = self.lifted[start : start + tile.shape[0]]
+        return torch.mm(rows, lifted, out=tile[: rows.shape[0]])
 
     def _offset(self, points: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
         """What twice a score lacks to a lower bound on the squared distance; nothing is certain about queries far out."""
@@ -144,11 +149,15 @@ class MatmulSearch:
         underflow = self.columns * 2.0**-120 * (1 + norm.sqrt())
         return ((1 - self.kappa) * norm - underflow).masked_fill(norm > FAR**2, -torch.inf)
 
-    def _block(self, count: int) -> int:
-        """Rows per block, a power of two that balances selection among n/B minima against count B distances."""
-        balanced = math.sqrt(self.rows / (4 * count * self.columns))
-        fast = self.rows / (64 * (count + 1))  # torch.topk is several times slower when asked for more than 1/64
-        return 2 ** min(6, max(0, math.floor(math.log2(min(balanced, fast)) + 0.5)))
+    def _blocks(self, count: int) -> tuple[int, int]:
+        """Rows per block and blocks to take.
+
+        The size is the power of two that balances selection among n/B minima against the distances of the rows taken.
+        """
+        taken = count + _SPARE
+        balanced = math.sqrt(self.rows / (4 * taken * self.columns))
+        fast = self.rows / (64 * (taken + 1))  # torch.topk is several times slower when asked for more than 1/64
+        return 2 ** min(6, max(0, math.floor(math.log2(min(balanced, fast)) + 0.5))), taken
 
 
 def _lift(points: Float[Tensor, "m d"]) -> Float[Tensor, "lifted m"]:

@@ -44,7 +44,6 @@ _BACKENDS: dict[str, Callable[[Tensor, int], Search]] = {
     "faiss": FaissSearch,
 }
 _MEMORY = 256 * 2**20
-_SPARE = 3  # candidates beyond k: enough to separate the k-th from the rest unless rows coincide
 _LIMIT = 1e150  # squares of larger differences overflow float64
 
 
@@ -62,7 +61,8 @@ class Neighbors:
         data: rows (n, d), floating; kept, not copied: it must not change while the index is in use. ``matmul`` adds
             4 n (d + 1) bytes on the data's device, the others keep what their library keeps.
         backend: ``"auto"``, ``"matmul"``, ``"kdtree"`` or ``"faiss"``, see the module's text.
-        memory: bytes of working memory per query call, ``None`` for 256 MiB.
+        memory: bytes of working memory per query call, ``None`` for 256 MiB. The queries in float64 and the results come
+            on top, and for ``kdtree`` and ``faiss`` what their library uses.
 
     Raises:
         TypeError: ``data`` is not floating.
@@ -124,7 +124,7 @@ class Neighbors:
         self, points: Float[Tensor, "m d"], k: int, exclude: Int[Tensor, " m"] | None
     ) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"], Float[Tensor, " m"]]:
         """The k best of what the search proposes, and the floor of the rest."""
-        wanted = min(k + _SPARE + (exclude is not None), len(self))
+        wanted = k + (exclude is not None)
         parts, start = [], 0
         while start < points.shape[0]:
             part = slice(start, start + self._search.batch(wanted))
@@ -136,7 +136,7 @@ class Neighbors:
             squared = (rows - points[part, None]).square_().sum(-1).masked_fill_(absent, torch.inf)
             # a stable sort of candidates in ascending order: ties go to the smaller row number
             squared, order = squared.sort(dim=1, stable=True)
-            parts.append((squared[:, :k], index.gather(1, order[:, :k]), floor))
+            parts.append((squared[:, :k].clone(), index.gather(1, order[:, :k]), floor))  # frees the other candidates
             start = part.stop
         squared, indices, floor = (torch.cat(column) for column in zip(*parts, strict=True))
         return squared, indices, floor

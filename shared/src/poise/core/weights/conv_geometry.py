@@ -85,6 +85,11 @@ class ConvGeometry:
         return tuple(s // math.gcd(s, d) for s, d in zip(self.stride, self.dilation, strict=True))
 
     @property
+    def spread(self) -> tuple[int, ...]:
+        """How many places of the output apart two taps are that meet next, 1 without dilation."""
+        return tuple(d // math.gcd(s, d) for s, d in zip(self.stride, self.dilation, strict=True))
+
+    @property
     def phases(self) -> tuple[int, ...]:
         """How many of the S input values per place and axis the kernel reaches, ``min(k, S)`` without dilation."""
         return tuple(min(k, s) for k, s in zip(self.kernel_size, self.lattice, strict=True))
@@ -163,14 +168,12 @@ class ConvGeometry:
     def polyphase(self, weight: Float[Tensor, "out ins *kernel"]) -> Float[Tensor, "groups rows reached *taps"]:
         """The kernel of the same layer with stride 1, whose input channels are the ``reached`` values per place.
 
-        Axis by axis, tap ``t S + r`` becomes tap t of phase r. With dilation the phases are shifted against each other,
-        which changes neither the singular values nor L_orth.
+        Axis by axis, tap ``t S + r`` becomes tap t of phase r. With dilation the taps lie :attr:`spread` places apart, and
+        the phases are shifted against each other, which changes neither the singular values nor L_orth.
         """
         axes = len(self.kernel_size)
         blocks = [-(-k // phase) for k, phase in zip(self.kernel_size, self.phases, strict=True)]  # rounded up
-        missing = [
-            block * phase - k for block, phase, k in zip(blocks, self.phases, self.kernel_size, strict=True)
-        ]
+        missing = [block * phase - k for block, phase, k in zip(blocks, self.phases, self.kernel_size, strict=True)]
         if any(missing):
             weight = F.pad(weight, [amount for size in reversed(missing) for amount in (0, size)])
         split = [size for block, phase in zip(blocks, self.phases, strict=True) for size in (block, phase)]

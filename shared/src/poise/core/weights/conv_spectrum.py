@@ -28,15 +28,16 @@ from poise.core.functional._numerics import full_precision, widen
 from poise.core.gpu.chunking import chunked_map
 from poise.core.weights.conv_geometry import ConvGeometry, Size, per_axis
 
+_ENTRIES = 2**23  # complex numbers that the matrices at the frequencies computed at a time may have together
+
 
 def conv_singular_values(
-    weight: Float[Tensor, "..."],
+    weight: Tensor,
     input_size: Size,
     stride: Size = 1,
     *,
     dilation: Size = 1,
     groups: int = 1,
-    chunk: int | None = None,
 ) -> Float[Tensor, " values"]:
     r"""All singular values of a convolution on circular signals, in descending order.
 
@@ -48,7 +49,6 @@ def conv_singular_values(
         stride: S per axis.
         dilation: per axis.
         groups: number of blocks that the layer consists of.
-        chunk: most frequencies at a time; as many as memory allows by default.
 
     Returns:
         ``groups * min(M / groups, C / groups * S^d) * N^d`` values, structural zeros included.
@@ -62,25 +62,21 @@ def conv_singular_values(
     geometry = ConvGeometry.of(weight, stride, dilation, groups)
     places = places_of(geometry, input_size)
     kernel = geometry.polyphase(widen(weight, "weight"))
-
-    def values_at(frequency: Tensor) -> Tensor:
-        return torch.linalg.svdvals(symbol(kernel, frequency * frequency.new_tensor(geometry.dilation)))
-
-    half = half_plane(places, kernel)
-    values = chunked_map(values_at, half, chunk=chunk)
+    frequency = half_plane(places, kernel) * kernel.new_tensor(geometry.spread)
+    chunk = max(1, _ENTRIES // math.prod(kernel.shape[:3]))
+    values = chunked_map(lambda part: torch.linalg.svdvals(symbol(kernel, part)), frequency, chunk=chunk)
     values = both_halves(values, places).flatten()
     structural = groups * min(geometry.out_channels, geometry.columns) * math.prod(places) - len(values)
     return torch.cat((values.sort(descending=True).values, values.new_zeros(structural)))
 
 
 def orth_residuals(
-    weight: Float[Tensor, "..."],
+    weight: Tensor,
     input_size: Size,
     stride: Size = 1,
     *,
     dilation: Size = 1,
     groups: int = 1,
-    chunk: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     r"""How far a convolution on circular signals is from orthogonal, in the Frobenius and in the spectral norm.
 
@@ -98,9 +94,7 @@ def orth_residuals(
 
     Source: Achour, Malgouyres and Mamalet, JMLR 2022, definition of the residuals and the theorems on their scalability.
     """
-    squares = conv_singular_values(
-        weight, input_size, stride, dilation=dilation, groups=groups, chunk=chunk
-    ).square()
+    squares = conv_singular_values(weight, input_size, stride, dilation=dilation, groups=groups).square()
     return (squares - 1).norm(), (squares - 1).abs().max()
 
 
@@ -142,13 +136,12 @@ def transform(
     kernel: Float[Tensor, "groups rows columns *taps"], frequency: Float[Tensor, "frequencies axes"]
 ) -> tuple[Float[Tensor, "frequencies groups rows columns"], Float[Tensor, "frequencies groups rows columns"]]:
     """Real and imaginary part of :func:`symbol`."""
-    *shape, _ = *kernel.shape[:3], 0
     taps = grid(kernel.shape[3:], kernel)
-    angle = 2 * torch.pi * (frequency @ taps.T)
     with full_precision(kernel):
+        angle = 2 * torch.pi * (frequency @ taps.T)
         flat = kernel.flatten(3).flatten(0, 2).T
         real, imaginary = angle.cos() @ flat, -(angle.sin() @ flat)
-    return real.unflatten(1, shape), imaginary.unflatten(1, shape)
+    return real.unflatten(1, kernel.shape[:3]), imaginary.unflatten(1, kernel.shape[:3])
 
 
 def half_plane(places: Sequence[int], like: Tensor) -> Float[Tensor, "frequencies axes"]:
@@ -161,7 +154,7 @@ def both_halves(
     values: Float[Tensor, "frequencies *rest"], places: Sequence[int]
 ) -> Float[Tensor, "all_frequencies *rest"]:
     """Repeat what belongs to a frequency of :func:`half_plane` whose opposite is not in it."""
-    *others, last = places
+    last = places[-1]
     by_axis = values.unflatten(0, (-1, last // 2 + 1))
     return torch.cat((by_axis, by_axis[:, 1 : (last + 1) // 2]), dim=1).flatten(0, 1)
 
@@ -180,7 +173,9 @@ def places_of(geometry: ConvGeometry, input_size: Size) -> tuple[int, ...]:
     """
     sizes = per_axis(input_size, len(geometry.kernel_size))
     if len(sizes) != len(geometry.kernel_size):
-        raise ValueError(f"input_size must have one entry for each of the {len(geometry.kernel_size)} axes, got {sizes}")
+        raise ValueError(
+            f"input_size must have one entry for each of the {len(geometry.kernel_size)} axes, got {sizes}"
+        )
     for size, k, s, d in zip(sizes, geometry.kernel_size, geometry.stride, geometry.dilation, strict=True):
         if size % s:
             raise ValueError(f"input_size must be a multiple of the stride {geometry.stride}, got {sizes}")

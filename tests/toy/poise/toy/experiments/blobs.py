@@ -1,5 +1,6 @@
 """Two clouds of points and everything a run has to keep: several loops, shuffling, dropout, Adam, a schedule, plain tensors."""
 
+import itertools
 import random
 import time
 from dataclasses import dataclass
@@ -68,9 +69,7 @@ def make_points(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def run(config: Config, arm: str, run: Run) -> dict[str, float]:
     x, y = run.load(read_points) if config.published else make_points(run.generator)
     sizes = (2, *config.widths)
-    layers = [
-        part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(0.2))
-    ]
+    layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(0.2))]
     model = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=config.rate)
     penalty = Decay(Linear(0.0, 0.1, steps=10) if arm == "decay" else 0.0)
@@ -95,7 +94,7 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
             time.sleep(config.pause)
             run.log(step, loss=total / 0 * 0 if step == config.explode_at else total, weight=penalty.weight)
 
-    run.save("weights", **{name: value for name, value in model.state_dict().items()})
+    run.save("weights", **model.state_dict())
     model.eval()
     with torch.no_grad():
         right = ((model(x.to(run.device)).squeeze(-1) > 0) == y.to(run.device).bool()).float().mean()

@@ -140,7 +140,7 @@ class KOverlap:
         tails = (
             size.flip(-1).cumsum(-1).flip(-1)[..., : self.k].flip(-1)
         )  # sum of all from the (k - s)-th, s = 0, 1, ...
-        means = tails / torch.arange(1, self.k + 1, device=z.device)
+        means = tails / torch.arange(1, self.k + 1, dtype=z.dtype, device=z.device)
         before = torch.nn.functional.pad(size[..., : self.k - 1], (1, 0), value=torch.inf).flip(-1)
         s = (before > means).byte().argmax(-1, keepdim=True)  # argmax returns the first of several
         heads = torch.nn.functional.pad(size[..., : self.k - 1].square().cumsum(-1), (1, 0)).flip(-1)
@@ -153,10 +153,12 @@ class KOverlap:
         r"""``z theta / (theta + tau)``, ``theta = clip(alpha |z| - tau, 0, 1)``, ``alpha`` such that theta sums to k.
 
         The sum grows with ``alpha`` and bends where a coordinate leaves 0 or reaches 1; the bends are sorted, the last one
-        at which the sum is at most k is found, and on the linear piece behind it ``alpha`` has a closed form.
+        at which the sum is below k is found, and on the linear piece behind it ``alpha`` has a closed form. With at most k
+        coordinates other than 0, theta is 1.
         """
         self._check_dimension(z)
-        size = z.abs().clamp_min(torch.finfo(z.dtype).tiny ** 0.5)
+        smallest = torch.finfo(z.dtype).tiny ** (1 / 3)  # taken for 0; squares of reciprocals must be finite
+        size = z.abs().clamp_min(smallest)
         order = size.sort(-1, descending=True).values
         sums = torch.nn.functional.pad(order.cumsum(-1), (1, 0))
         leaves, reaches = tau / order.detach(), (1 + tau) / order.detach()
@@ -164,16 +166,17 @@ class KOverlap:
         positive = torch.searchsorted(leaves, bends, right=True)
         full = torch.searchsorted(reaches, bends, right=True)
         slopes = sums.detach().gather(-1, positive) - sums.detach().gather(-1, full)
-        totals = full + bends * slopes - tau * (positive - full)
-        # rounding of `totals` relative to k must not hide the bend at which it equals k
-        last = (totals <= self.k * (1 + 8 * torch.finfo(z.dtype).eps)).sum(-1, keepdim=True) - 1
+        totals = full + bends * slopes - tau * (positive - full).to(z.dtype)
+        # Where the sum stays at k for a while, rounding decides which of several right values of alpha is found.
+        below = totals < self.k * (1 - 8 * torch.finfo(z.dtype).eps)
+        last = (below * torch.arange(below.shape[-1], device=z.device)).amax(-1, keepdim=True)
         positive, full = positive.gather(-1, last), full.gather(-1, last)
         slope = sums.gather(-1, positive) - sums.gather(-1, full)
-        bent = positive > full
-        alpha = torch.where(
-            bent, (self.k - full + tau * (positive - full)) / torch.where(bent, slope, 1.0), bends.gather(-1, last)
-        )
-        theta = (alpha * size - tau).clamp(0, 1)
+        sparse = (size > smallest).sum(-1, keepdim=True) <= self.k
+        bent = (positive > full) & ~sparse
+        alpha = (self.k - full + tau * (positive - full).to(z.dtype)) / torch.where(bent, slope, 1.0)
+        theta = (torch.where(bent, alpha, bends.gather(-1, last)) * size - tau).clamp(0, 1)
+        theta = torch.where(sparse, 1.0, theta)
         return z * theta / (theta + tau)
 
     def _check_dimension(self, z: Tensor) -> None:

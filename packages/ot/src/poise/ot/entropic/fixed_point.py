@@ -25,11 +25,11 @@ from poise.ot.entropic.kernels import Kernel
 
 CHECK_EVERY = 10
 """Iterations between two looks at the error; each look waits for the device."""
-ANNEALING_STEP = 8.0
-"""Ratio of successive ε, so chosen that a change of ε (a new kernel matrix) costs about as much as the iterations it saves."""
+ANNEALING_STEP = 4.0
+"""Ratio of successive ε; anything from 2 to 10 takes about the same time."""
 ANNEALING_SPREAD = 0.3
 """Annealing starts at this share of the standard deviation of the cost, from where plain iterations find their way."""
-STAGE_TOL, STAGE_ITERATIONS = 0.05, 30
+STAGE_TOL, STAGE_ITERATIONS = 0.1, 10
 """An intermediate ε is left at this error, or after so many iterations."""
 RELAX_BELOW = 0.3
 """Over-relaxation starts below this error; earlier the iteration is not yet near its linear regime."""

@@ -120,6 +120,6 @@ def judge(found: FixedPoint, tol: float) -> Tensor:
             f"Sinkhorn stopped after {found.iterations} iterations at a marginal error of {float(found.error.max()):.2g} "
             f"> tol={tol:.2g}; a larger reg or max_iter would help, or float64 if the error no longer falls",
             ConvergenceWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return converged

@@ -99,9 +99,13 @@ def _arrows(axes: "Axes", clouds: Mapping[str, Tensor], *, colours: bool, count:
     axes.scatter(*plane["y"].T, s=4, color="0.8", label="target")
     axes.quiver(*x.T, *(t - x).T, angles="xy", scale_units="xy", scale=1, width=0.0025, color="0.35")
     axes.scatter(*x.T, s=14, c=inks, edgecolors="0.3", linewidths=0.3, label="x", zorder=3)
-    axes.scatter(*t.T, s=14, c=inks if colours else "C1", marker="s", edgecolors="0.3", linewidths=0.3, label="T(x)", zorder=3)
+    axes.scatter(
+        *t.T, s=14, c=inks if colours else "C1", marker="s", edgecolors="0.3", linewidths=0.3, label="T(x)", zorder=3
+    )
     if "optimal" in plane:
-        axes.scatter(*plane["optimal"][:count].T, s=26, facecolors="none", edgecolors="C3", linewidths=0.8, label="optimal")
+        axes.scatter(
+            *plane["optimal"][:count].T, s=26, facecolors="none", edgecolors="C3", linewidths=0.8, label="optimal"
+        )
     axes.set_xticks([])
     axes.set_yticks([])
 

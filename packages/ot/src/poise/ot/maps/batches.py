@@ -24,7 +24,9 @@ def cycled(loader: Iterable[Any]) -> Iterator[Tensor]:
                 raise TypeError(f"a batch must be a tensor or a tuple that starts with one, got {type(batch).__name__}")
             yield first
         if empty:
-            raise ValueError("the loader yields no batch (an iterator can be passed through once only: give the loader itself)")
+            raise ValueError(
+                "the loader yields no batch (an iterator can be passed through once only: give the loader itself)"
+            )
 
 
 def to_module(batches: Iterator[Tensor], module: nn.Module) -> Iterator[Tensor]:

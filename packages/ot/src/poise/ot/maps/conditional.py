@@ -39,18 +39,24 @@ Task = tuple[Tensor, Iterable[Any], Iterable[Any]]
 """A context, a loader of its source and a loader of its target."""
 
 
-class OneHotContext(nn.Module):
+class ContextEncoder(nn.Module):
+    """A module that turns contexts into features, to be subclassed: ``(..., *context)`` to ``(..., width)``.
+
+    Attributes:
+        width: number of features.
+        rank: number of axes of one context: 0 for scalars, 1 for vectors.
+    """
+
+    width: int
+    rank: int = 0
+
+
+class OneHotContext(ContextEncoder):
     """Classes ``0 .. classes - 1`` as unit vectors.
 
     Args:
         classes: number of classes.
-
-    Attributes:
-        width: number of features it gives.
-        rank: number of axes of one context, 0 here.
     """
-
-    rank = 0
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -63,14 +69,13 @@ class OneHotContext(nn.Module):
         return self.get_buffer("vectors")[context]
 
 
-class DoseContext(nn.Module):
+class DoseContext(ContextEncoder):
     r"""A dose as ``log(1 + dose) / log(1 + largest)``: doses that grow by factors are spaced evenly, and no dose is 0.
 
     Args:
         largest: the dose that maps to 1.
     """
 
-    rank = 0
     width = 1
 
     def __init__(self, largest: float = 1.0) -> None:
@@ -84,7 +89,7 @@ class DoseContext(nn.Module):
         return (torch.log1p(context) / scale)[..., None]
 
 
-class EmbeddingContext(nn.Module):
+class EmbeddingContext(ContextEncoder):
     """A descriptor through one layer: ``gelu(W e + b)``.
 
     Args:
@@ -103,7 +108,7 @@ class EmbeddingContext(nn.Module):
         return functional.gelu(self.layer(context))
 
 
-class JoinedContext(nn.Module):
+class JoinedContext(ContextEncoder):
     """Several contexts in one vector, each through its own encoder: a drug and a dose as ``[drug, dose]``.
 
     Args:
@@ -114,19 +119,21 @@ class JoinedContext(nn.Module):
 
     rank = 1
 
-    def __init__(self, encoders: Sequence[nn.Module], sizes: Sequence[int]) -> None:
+    def __init__(self, encoders: Sequence[ContextEncoder], sizes: Sequence[int]) -> None:
         super().__init__()
         if len(encoders) != len(sizes):
             raise ValueError(f"expected a size for each encoder, got {len(encoders)} encoders and {len(sizes)} sizes")
         self.encoders = nn.ModuleList(encoders)
         self.sizes = tuple(sizes)
-        self.width = sum(int(encoder.width) for encoder in encoders)
+        self.width = sum(encoder.width for encoder in encoders)
 
     def forward(self, context: Float[Tensor, "*batch entries"]) -> Float[Tensor, "*batch width"]:
         if context.shape[-1] != sum(self.sizes):
             raise ValueError(f"expected a context of {sum(self.sizes)} entries, got shape {tuple(context.shape)}")
         parts = context.split(self.sizes, dim=-1)
-        return torch.cat([self._encode(encoder, part) for encoder, part in zip(self.encoders, parts, strict=True)], dim=-1)
+        return torch.cat(
+            [self._encode(encoder, part) for encoder, part in zip(self.encoders, parts, strict=True)], dim=-1
+        )
 
     @staticmethod
     def _encode(encoder: nn.Module, part: Tensor) -> Tensor:
@@ -140,12 +147,11 @@ class ConditionalMongeMap(nn.Module):
 
     Args:
         net: maps ``(..., d + width)`` to ``(..., d)``.
-        encoder: maps contexts to ``(..., width)``; one of this module's, or any module with an attribute ``rank``, the number of
-            axes of one context.
+        encoder: maps contexts to ``(..., width)``.
         residual: whether the net gives the displacement. The authors' conditional map does; the map of the Monge gap does not.
     """
 
-    def __init__(self, net: nn.Module, encoder: nn.Module, *, residual: bool = False) -> None:
+    def __init__(self, net: nn.Module, encoder: ContextEncoder, *, residual: bool = False) -> None:
         super().__init__()
         self.net, self.encoder, self.residual = net, encoder, residual
 
@@ -157,8 +163,7 @@ class ConditionalMongeMap(nn.Module):
             context: one context; or one per leading entry of ``x``, that is per sample of ``(n, d)``, per batch of ``(B, n, d)``.
         """
         features = self.encoder(context)
-        rank: int = getattr(self.encoder, "rank")
-        leading = context.ndim - rank
+        leading = context.ndim - self.encoder.rank
         if leading > 1 or (leading == 1 and context.shape[0] != x.shape[0]):
             raise ValueError(
                 f"expected one context or {x.shape[0]}, one for each leading entry of x {tuple(x.shape)}, got {tuple(context.shape)}"
@@ -239,7 +244,11 @@ class ConditionalMongeMapEstimator:
         contexts = [context.to(device) for context, _, _ in tasks.values()]
         loaders = [[to_module(cycled(loader), self.transport) for loader in task[1:]] for task in tasks.values()]
         for _ in range(steps):
-            chosen = range(count) if count == len(tasks) else torch.randperm(len(tasks), generator=generator)[:count].tolist()
+            chosen = (
+                range(count)
+                if count == len(tasks)
+                else torch.randperm(len(tasks), generator=generator)[:count].tolist()
+            )
             self.update([(contexts[i], next(loaders[i][0]), next(loaders[i][1])) for i in chosen])
         return self
 
@@ -259,4 +268,6 @@ def _mean(terms: Sequence[Terms]) -> Terms:
         return torch.stack(present).mean() if present else None
 
     total, fitting = (torch.stack([getattr(term, name) for term in terms]).mean() for name in ("total", "fitting"))
-    return Terms(total, fitting, average([term.regularizer for term in terms]), average([term.conservative for term in terms]))
+    return Terms(
+        total, fitting, average([term.regularizer for term in terms]), average([term.conservative for term in terms])
+    )

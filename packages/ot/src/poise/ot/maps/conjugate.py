@@ -98,7 +98,9 @@ def conjugate_point(
         trial_value, trial_gradient = _value_and_gradient(objective, trial)
         better = _improves(trial_value, trial_gradient, value, gradient)
         keep = better[:, None]
-        pairs = [(step, change, weight * better) for step, change, weight in pairs]  # after a failure, try the plain gradient
+        pairs = [
+            (step, change, weight * better) for step, change, weight in pairs
+        ]  # after a failure, try the plain gradient
         step, change = torch.where(keep, trial - point, 0), torch.where(keep, trial_gradient - gradient, 0)
         curvature, squared_change = (step * change).sum(-1), change.square().sum(-1)
         usable = curvature > torch.finfo(point.dtype).eps * squared_change

@@ -137,7 +137,9 @@ class MongeMapObjective:
         total, regularizer, conservative = fitting, None, None
         strength = self.strength(step)
         if self.regularizer is not None and strength > 0:
-            regularizer = self.regularizer(x, t) if reference is None else self.regularizer(reference, transport(reference))
+            regularizer = (
+                self.regularizer(x, t) if reference is None else self.regularizer(reference, transport(reference))
+            )
             total = total + strength * regularizer
         if self.conservative is not None:
             conservative = self.conservative(x if reference is None else reference)
@@ -181,13 +183,20 @@ class MongeMapEstimator:
         self.optimizer = optimizer(net.parameters())
         self.history: list[Terms] = []
 
-    def update(self, x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], reference: Float[Tensor, "k d"] | None = None) -> Terms:
+    def update(
+        self, x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], reference: Float[Tensor, "k d"] | None = None
+    ) -> Terms:
         """One optimizer step on a batch."""
         terms = self.objective(self.net, x, y, reference, step=len(self.history))
         return descend(terms, self.optimizer, self.objective, self.history)
 
     def fit(
-        self, loader_x: Iterable[Any], loader_y: Iterable[Any], *, reference: Iterable[Any] | None = None, steps: int = 5_000
+        self,
+        loader_x: Iterable[Any],
+        loader_y: Iterable[Any],
+        *,
+        reference: Iterable[Any] | None = None,
+        steps: int = 5_000,
     ) -> "MongeMapEstimator":
         """Train on batches of both sides, taken in turn and from the start again when a loader ends; call again to go on.
 
@@ -217,7 +226,9 @@ class MongeMapEstimator:
             self.net.train(training)
 
 
-def descend(terms: Terms, optimizer: torch.optim.Optimizer, objective: MongeMapObjective, history: list[Terms]) -> Terms:
+def descend(
+    terms: Terms, optimizer: torch.optim.Optimizer, objective: MongeMapObjective, history: list[Terms]
+) -> Terms:
     """One optimizer step on the objective; returns and keeps the detached terms."""
     optimizer.zero_grad(set_to_none=True)
     terms.total.backward()

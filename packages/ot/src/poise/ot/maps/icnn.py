@@ -19,6 +19,7 @@ torch.Size([64, 2])
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ from torch.utils.hooks import RemovableHandle
 POSITIVITIES = ("projection", "softplus", "penalty")
 
 
-def potential_gradient(potential: Callable[[Tensor], Tensor], x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+def potential_gradient(
+    potential: Callable[[Tensor], Tensor], x: Float[Tensor, "*batch d"]
+) -> Float[Tensor, "*batch d"]:
     """The gradient of a potential at every point, differentiable again in ``x`` and in the potential's parameters.
 
     Args:
@@ -49,7 +52,8 @@ class ICNN(nn.Module):
     Args:
         dim: dimension d.
         hidden: widths of the layers.
-        activation: convex and nondecreasing; twice differentiable if the map itself is trained.
+        activation: convex and nondecreasing; twice differentiable if the map itself is trained. Softplus bends over a width of
+            about 1: for data on a smaller scale, such as colours in [0, 1], take ``partial(softplus, beta=10)``.
         positivity: how the weights ``W`` between layers are kept nonnegative. ``"projection"``: clamped at 0 by :meth:`project_`
             after each optimizer step (let :meth:`project_after` do it). ``"softplus"``: ``W = softplus(V) / fan_in``, nonnegative by
             construction. ``"penalty"``: free, with :meth:`negativity` for the loss; then ``f`` is convex only as far as that is 0.
@@ -71,7 +75,9 @@ class ICNN(nn.Module):
         super().__init__()
         rank = dim if rank is None else rank
         if dim < 1 or not hidden or min(hidden) < 1 or not 0 <= rank <= dim:
-            raise ValueError(f"expected dim >= 1, widths >= 1 and 0 <= rank <= dim, got {dim}, {tuple(hidden)} and {rank}")
+            raise ValueError(
+                f"expected dim >= 1, widths >= 1 and 0 <= rank <= dim, got {dim}, {tuple(hidden)} and {rank}"
+            )
         if positivity not in POSITIVITIES:
             raise ValueError(f"positivity must be one of {', '.join(POSITIVITIES)}, got {positivity!r}")
         widths = (*hidden, 1)
@@ -79,9 +85,7 @@ class ICNN(nn.Module):
         self.activation = activation
         self.positivity = positivity
         self.from_input = nn.ModuleList(nn.Linear(dim, width) for width in widths)
-        self.between = nn.ParameterList(
-            _initial_weights(out, width, positivity) for width, out in zip(widths, widths[1:], strict=False)
-        )
+        self.between = nn.ParameterList(_initial_weights(out, width, positivity) for width, out in pairwise(widths))
         self.quadratic = nn.Parameter(torch.eye(rank, dim))  # A
         with torch.no_grad():
             last = self.from_input[-1]

@@ -57,7 +57,7 @@ class StructuredMap(nn.Module):
         Uscidda and Cuturi 2023, structured Monge maps.
     """
 
-    def __init__(self, cost: InvertibleCost, net: nn.Module) -> None:
+    def __init__(self, cost: InvertibleCost, net: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         if not isinstance(cost, InvertibleCost):
             raise TypeError(
@@ -81,7 +81,7 @@ class SphereMap(nn.Module):
         Uscidda and Cuturi 2023, maps on the sphere.
     """
 
-    def __init__(self, net: nn.Module, eps: float = 1e-6) -> None:
+    def __init__(self, net: Callable[[Tensor], Tensor], eps: float = 1e-6) -> None:
         super().__init__()
         if not eps > 0:
             raise ValueError(f"eps must be positive, got {eps}")
@@ -95,8 +95,8 @@ class SphereMap(nn.Module):
 class ConservativePenalty(Penalty):
     r"""Distance of a vector field from being a gradient field: the mean of ``|J_F(x) - J_F(x)^T|^2``.
 
-    Estimated by Hutchinson's trick with Rademacher probes: ``E_v |J v - J^T v|^2 = |J - J^T|_F^2``. One probe costs one
-    Jacobian-vector and one vector-Jacobian product of the whole batch, whatever the dimension.
+    Estimated by Hutchinson's trick with Rademacher probes: ``E_v |J v - J^T v|^2 = |J - J^T|_F^2``. One probe costs a backward
+    pass and one through it for the whole batch, whatever the dimension.
 
     Args:
         field: ``F``, maps ``(..., d)`` to ``(..., d)`` row by row: layers that mix samples (batch normalisation in training mode)
@@ -116,7 +116,7 @@ class ConservativePenalty(Penalty):
         self.probes = probes
 
     def penalty(
-        self, x: Float[Tensor, "*batch d"], *, probes: Tensor | None = None, generator: torch.Generator | None = None
+        self, x: Float[Tensor, "*batch d"], probes: Tensor | None = None, *, generator: torch.Generator | None = None
     ) -> Float[Tensor, ""]:
         """The estimate at the points ``x``.
 
@@ -133,16 +133,21 @@ class ConservativePenalty(Penalty):
         if probes.ndim != x.ndim + 1 or probes.shape[1:] != x.shape:
             raise ValueError(f"probes must have shape (k, {', '.join(map(str, x.shape))}), got {tuple(probes.shape)}")
 
-        def field(points: Tensor) -> Tensor:
-            return _field(self.field, points)
-
-        points = x.expand_as(probes)
-        _, forward = torch.func.jvp(field, (points,), (probes,))  # J v
-        _, pullback = torch.func.vjp(field, points)
-        (backward,) = pullback(probes)  # J^T v
+        forward, backward = self._products(x.repeat(len(probes), *[1] * x.ndim), probes.detach())
         skew = forward - backward
         precise = skew.float() if skew.dtype in (torch.float16, torch.bfloat16) else skew
         return precise.square().sum(-1).mean().to(x.dtype)
+
+    def _products(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """``J v`` and ``J^T v``; the former as the derivative of ``<J^T u, v>`` in ``u``, so that reverse mode is enough."""
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.requires_grad_()
+            u = v.clone().requires_grad_()
+            value = _field(self.field, x) + 0 * x  # a constant field has a Jacobian too
+            (backward,) = torch.autograd.grad(value, x, u, create_graph=True)
+            (forward,) = torch.autograd.grad(backward, u, v, create_graph=differentiable)
+        return forward, backward
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, probes={self.probes}"

@@ -199,9 +199,7 @@ def _tighten(
         torch.where(too_far, new, torch.where(crossed, old_low, old_high))
         for new, old_low, old_high in zip(trial, low, high, strict=True)
     )
-    state.low, state.f_low, state.s_low = (
-        torch.where(too_far, old, new) for new, old in zip(trial, low, strict=True)
-    )
+    state.low, state.f_low, state.s_low = (torch.where(too_far, old, new) for new, old in zip(trial, low, strict=True))
     h = state.high - state.low
     d1 = state.s_low + state.s_high - 3 * (state.f_high - state.f_low) / h
     radicand = d1.square() - state.s_low * state.s_high

@@ -15,22 +15,31 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from poise.ot.sparse.lbfgs import Minimum
+from poise.ot.sparse.lbfgs import SUFFICIENT_DECREASE, Minimum
 from poise.ot.sparse.regularizers import Entries
-from poise.ot.sparse.smoothing import Curvature
+from poise.ot.sparse.smoothing import Curvature, Piece
 
 LOOSEN, TIGHTEN = 0.2, 8.0  # factors of the damping after a good and a bad step
-DAMPING = (1e-7, 1e6)  # its range, in units of `scale` times the missing mass
+LEAST_DAMPING = 1e-7  # relative to second derivatives times the share of mass that is missing
+LARGEST_RIDGE = 1e2  # relative to second derivatives; a step that is still bad at this one is rounding
 
 
 class CurvedObjective(Protocol):
-    """A batch of dual objectives in ``[alpha, beta]`` with second derivatives."""
+    """A batch of dual objectives in ``[alpha, beta]`` with piecewise linear gradients."""
 
-    def __call__(self, p: Float[Tensor, "batch d"], /) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d"]]: ...
+    def evaluate(
+        self, p: Float[Tensor, "batch d"], /
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d"], Piece]:
+        """Value, gradient, and the piece of the gradient that ``p`` is on."""
+        ...
 
-    def select(self, keep: Int[Tensor, " kept"], /) -> Self: ...
+    def select(self, keep: Int[Tensor, " kept"], /) -> Self:
+        """The objectives at the places ``keep``."""
+        ...
 
-    def curvature(self, p: Float[Tensor, "batch d"], /) -> Curvature: ...
+    def curvature(self, piece: Piece, /) -> Curvature:
+        """The second derivatives on a piece."""
+        ...
 
 
 def newton(
@@ -38,7 +47,8 @@ def newton(
     start: Float[Tensor, "batch d"],
     *,
     rows: int,
-    scale: Float[Tensor, " batch"],
+    mass: Float[Tensor, " batch"],
+    stiffness: Float[Tensor, " batch"],
     damping: Float[Tensor, " batch"],
     tol: Float[Tensor, " batch"],
     max_iter: int,
@@ -49,8 +59,9 @@ def newton(
         objective: the functions; their gradients are missing masses.
         start: starting points.
         rows: how many of the variables are alpha.
-        scale: the size of second derivatives, per problem, to which the damping is relative.
-        damping: where it begins.
+        mass: total masses.
+        stiffness: the size of second derivatives.
+        damping: where the damping begins, relative to stiffness times the share of mass that is missing.
         tol: L1 norm of the gradient at which a problem is done.
         max_iter: steps, good and bad, after which it is given up.
 
@@ -61,30 +72,31 @@ def newton(
     damping, n_iter = damping.clone(), torch.zeros_like(tol, dtype=torch.long)
     place = torch.arange(len(start), device=start.device)
     p, d = start, damping
-    f, g = objective(p)
+    f, g, piece = objective.evaluate(p)
     missing = g.abs().sum(-1)
     error[place] = missing
     for _ in range(max_iter):
-        running = (missing > tol[place]) & (d < DAMPING[1])
+        running = (missing > tol[place]) & (d * missing < LARGEST_RIDGE * mass[place])
         alive = running.nonzero()[:, 0]
         if alive.numel() == 0:
             break
         if 2 * alive.numel() <= running.numel():
-            objective, place = objective.select(alive), place[alive]
+            objective, place, piece = objective.select(alive), place[alive], piece.select(alive)
             p, f, g, d, missing, running = (each[alive] for each in (p, f, g, d, missing, running))
-        direction = newton_direction(objective.curvature(p), g, rows, d * scale[place] * missing)
+        direction = newton_direction(objective.curvature(piece), g, rows, d * missing * (stiffness / mass)[place])
         trial = p + direction
-        f_trial, g_trial = objective(trial)
+        f_trial, g_trial, piece_trial = objective.evaluate(trial)
         missing_trial = g_trial.abs().sum(-1)
+        slope, slope_trial = (direction * g).sum(-1), (direction * g_trial).sum(-1)
         rounding = 64 * torch.finfo(f.dtype).eps * f.abs()
-        good = (f_trial <= f + 1e-4 * (direction * g).sum(-1)) | (
-            (missing_trial < 0.9 * missing) & (f_trial <= f + rounding)
-        )
+        level = (f_trial <= f + rounding) & (slope_trial <= (2 * SUFFICIENT_DECREASE - 1) * slope)
+        good = (f_trial <= f + SUFFICIENT_DECREASE * slope) | level
         good &= running
         n_iter[place] += running
-        d = torch.where(running, torch.where(good, LOOSEN * d, TIGHTEN * d).clamp(*DAMPING), d)
+        d = torch.where(running, torch.where(good, LOOSEN * d, TIGHTEN * d).clamp_min(LEAST_DAMPING), d)
         p, g = torch.where(good[:, None], trial, p), torch.where(good[:, None], g_trial, g)
         f, missing = torch.where(good, f_trial, f), torch.where(good, missing_trial, missing)
+        piece = piece_trial.where(good, piece)
         point[place], error[place], damping[place] = p, missing, d
     return Minimum(point, error, n_iter, error <= tol), damping
 
@@ -113,14 +125,15 @@ def _schur_complement(
     index, diagonal, tied, weight = curvature.index, curvature.diagonal, curvature.tied, curvature.weight
     batch, _, width = index.shape
     if width * width <= 4 * rows:  # few entries per column: place every product where it belongs
-        products = torch.diag_embed(diagonal)
-        products = products - weight[..., None] * tied[..., :, None] * tied[..., None, :]
-        products = products - column[..., :, None] * column[..., None, :] / total[..., None, None]
+        shrunk = column / total[..., None]
+        products = shrunk[..., :, None] * column[..., None, :]
+        products.addcmul_((weight * tied)[..., :, None], tied[..., None, :])
         where = index[..., :, None] * rows + index[..., None, :]
         flat = diagonal.new_zeros((batch, rows * rows)).scatter_add_(-1, where.flatten(1), products.flatten(1))
-        return flat.view(batch, rows, rows)
-    factors = torch.cat([tied * weight.sqrt(), column * total.rsqrt()[..., None]], dim=1)
-    dense = Entries(factors, torch.cat([index, index], dim=1), rows).dense()
-    system = -dense.mT @ dense
+        system = -flat.view(batch, rows, rows)
+    else:
+        factors = torch.cat([tied * weight.sqrt(), column * total.rsqrt()[..., None]], dim=1)
+        dense = Entries(factors, torch.cat([index, index], dim=1), rows).dense()
+        system = -dense.mT @ dense
     system.diagonal(dim1=-2, dim2=-1).add_(Entries(diagonal, index, rows).row_sums())
     return system

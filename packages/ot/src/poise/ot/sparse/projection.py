@@ -60,7 +60,9 @@ def project_largest(
     largest, index = v.topk(min(k, v.shape[-1]), dim=-1)
     excess = largest.cumsum(-1) - z
     count = torch.arange(1, largest.shape[-1] + 1, dtype=v.dtype, device=v.device)
-    support = (largest * count > excess).sum(-1, keepdim=True).clamp_min(1)  # Duchi et al.: the last count for which this holds
+    support = (
+        (largest * count > excess).sum(-1, keepdim=True).clamp_min(1)
+    )  # Duchi et al.: the last count for which this holds
     threshold = excess.gather(-1, support - 1) / support
     return (largest - threshold).clamp_min(0), index
 

@@ -21,17 +21,20 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
 from poise.ot.sparse.lbfgs import lbfgs
 from poise.ot.sparse.newton import newton
 from poise.ot.sparse.regularizers import Entries
-from poise.ot.sparse.smoothing import SmoothedDual
+from poise.ot.sparse.smoothing import SmoothedDual, widen
 
-STIFFNESS = 3.0  # gamma rho of the first step
+STIFFNESS = 1.0  # gamma rho of the first step
 LOOSENESS = 500.0  # of the first step where gamma is weak: rho in units of mass per entry and spread of costs
 FIRST_ERROR, NEXT_ERROR = 0.05, 0.1  # missing mass after the first step, and what each step leaves of it
-GROWTH, FAST, SLOW = 5.0, 10, 25  # rho grows by this after a fast step, by its root after a slower one, not after a slow one
+GROWTH, FAST, SLOW = (
+    5.0,
+    10,
+    25,
+)  # rho grows by this after a fast step, by its root after a slower one, not after a slow one
 INNER = 40  # Newton iterations of one step at most
 STEPS = 60
 NEWTON_LIMIT = 2**27  # numbers in the systems of a batch: 1 GB in float64
@@ -80,26 +83,31 @@ def proximal_point(
     p = torch.zeros_like(torch.cat([a, b], dim=-1))
     point, plan = p.clone(), torch.zeros_like(cost)
     n_iter, solved = torch.zeros_like(place), torch.zeros_like(mass, dtype=torch.bool)
-    rho = _first_rho(mass, cost, gamma)
+    rho = floor = _first_rho(mass, cost, gamma)
     if k is None:  # smooth already: a proximal term only helps where costs decide
         rho = torch.where(rho < STIFFNESS / gamma, rho, torch.inf)
-    floor = rho
     damping, allowed, center = torch.full_like(mass, 1e-4), FIRST_ERROR * mass, None
     direct = a.numel() * a.shape[1] <= NEWTON_LIMIT
     for step in range(STEPS):
         objective = SmoothedDual(a[place], b[place], cost, place, gamma, k, rho, center)
         if direct and step > 0:
-            scale = rho.clamp_max(1 / gamma) if k is None else rho
             minimum, damping = newton(
-                objective, objective.lift(p), rows=a.shape[1], scale=scale, damping=damping, tol=allowed, max_iter=INNER
+                objective,
+                objective.lift(p),
+                rows=a.shape[1],
+                mass=mass[place],
+                stiffness=torch.where(rho.isinf(), 1 / gamma, rho),
+                damping=damping,
+                tol=allowed,
+                max_iter=INNER,
             )
             effort = minimum.n_iter
         else:
             minimum = lbfgs(objective, p, tol=allowed, max_iter=max_iter)
             effort = minimum.n_iter // INNER
         columns = objective.columns(minimum.point)
-        found = Entries(columns.plan, columns.index, a.shape[1])
-        gap, size = objective.gap(minimum.point)
+        found = columns.entries(a.shape[1])
+        gap, size = objective.gap(minimum.point, columns)
         done = (minimum.error <= tol * mass[place]) & (gap.abs() <= tol * size)
         n_iter[place] += minimum.n_iter
         ended = done | (n_iter[place] >= max_iter) | (step == STEPS - 1)
@@ -111,7 +119,7 @@ def proximal_point(
         held = minimum.converged if center is None else minimum.converged | ~torch.isfinite(rho)
         center = found if center is None else _where(held, found, center)
         growth = torch.where(effort <= FAST, GROWTH, torch.where(effort <= SLOW, GROWTH**0.5, 1.0))
-        rho = torch.where(held, rho * growth, (rho / 2).maximum(floor))
+        rho = torch.where(held, rho * growth, torch.where(rho.isinf(), floor, (rho / 2).maximum(floor)))
         allowed = torch.where(held, allowed * NEXT_ERROR, allowed).maximum(0.1 * tol * mass[place])
         alive = (~ended).nonzero()[:, 0]
         place, rho, damping, allowed, floor = (each[alive] for each in (place, rho, damping, allowed, floor))
@@ -134,7 +142,7 @@ def _where(choose: Bool[Tensor, " batch"], one: Entries, other: Entries) -> Entr
     assert one.index is not None
     assert other.index is not None
     values, index = (
-        torch.where(chosen, *(pad(each, (0, width - each.shape[-1])) for each in pair))
+        torch.where(chosen, *(widen(each, width) for each in pair))
         for pair in ((one.values, other.values), (one.index, other.index))
     )
     return Entries(values, index, one.size)

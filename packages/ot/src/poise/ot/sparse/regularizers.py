@@ -68,7 +68,7 @@ class Entries:
         if self.index is None:
             return self.values
         zeros = self.values.new_zeros((*self.values.shape[:-1], self.size))
-        return zeros.scatter(-1, self.index, self.values)
+        return zeros.scatter_add(-1, self.index, self.values)
 
 
 class ColumnRegularizer(ABC):
@@ -84,7 +84,9 @@ class ColumnRegularizer(ABC):
         if not (math.isfinite(self.gamma) and self.gamma > 0):
             raise ValueError(f"gamma must be positive and finite, got {self.gamma}")
 
-    def conjugate(self, X: Float[Tensor, "*batch m n"]) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch m n"]]:
+    def conjugate(
+        self, X: Float[Tensor, "*batch m n"]
+    ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch m n"]]:
         r""":math:`\delta` of every column of ``X`` and its gradient."""
         value, entries = self.conjugate_entries(wide(X.mT))
         return value, entries.dense().mT

@@ -20,12 +20,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from torch.nn.functional import pad
 
 from poise.ot.sparse.regularizers import Entries
 
-CANDIDATES = 32
+CANDIDATES = 16
 """Entries per column kept by a scan, at least; three times the cap if that is more."""
 
 LEVEL_STEPS = 60
@@ -55,6 +56,34 @@ class Columns:
     whole: Bool[Tensor, "batch n c"]
     tied: Bool[Tensor, "batch n c"]
     plan: Float[Tensor, "batch n c"]
+
+    def entries(self, size: int) -> Entries:
+        """The plan, whose columns have ``size`` entries."""
+        return Entries(self.plan, self.index, size)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Which linear piece of its gradient every column of a dual is on: the rows of its entries, and how those take part.
+
+    Attributes:
+        index: rows of the candidates.
+        whole: entries that have a place of their own.
+        tied: entries that share places.
+    """
+
+    index: Int[Tensor, "batch n c"]
+    whole: Bool[Tensor, "batch n c"]
+    tied: Bool[Tensor, "batch n c"]
+
+    def select(self, keep: Int[Tensor, " kept"]) -> "Piece":
+        return Piece(self.index[keep], self.whole[keep], self.tied[keep])
+
+    def where(self, choose: Bool[Tensor, " batch"], other: "Piece") -> "Piece":
+        """Itself for the problems chosen, else ``other``; the narrower one is padded with entries that take no part."""
+        width = max(self.index.shape[-1], other.index.shape[-1])
+        pairs = ((self.index, other.index), (self.whole, other.whole), (self.tied, other.tied))
+        return Piece(*(torch.where(choose[:, None, None], *(widen(each, width) for each in pair)) for pair in pairs))
 
 
 @dataclass(frozen=True)
@@ -104,11 +133,16 @@ class SmoothedDual:
     scan: _Scan | None = None
 
     def __call__(self, p: Float[Tensor, "batch d"]) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d"]]:
+        return self.evaluate(p)[:2]
+
+    def evaluate(self, p: Float[Tensor, "batch d"]) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d"], Piece]:
+        """Value, gradient, and the piece of the gradient that ``p`` is on."""
         columns = self.columns(p)
         alpha, beta = self._split(p)
         value = (columns.plan * columns.v).sum((-2, -1)) / 2 - (alpha * self.a).sum(-1) - (beta * self.b).sum(-1)
-        plan = Entries(columns.plan, columns.index, self.a.shape[-1])
-        return value, torch.cat([plan.row_sums() - self.a, plan.column_sums() - self.b], dim=-1)
+        plan = columns.entries(self.a.shape[-1])
+        missing = torch.cat([plan.row_sums() - self.a, plan.column_sums() - self.b], dim=-1)
+        return value, missing, Piece(columns.index, columns.whole, columns.tied)
 
     def select(self, keep: Int[Tensor, " kept"]) -> Self:
         part = replace(self, a=self.a[keep], b=self.b[keep], place=self.place[keep], rho=self.rho[keep])
@@ -139,21 +173,20 @@ class SmoothedDual:
             columns, fresh = self._weigh(p, self.scan), True
         return columns
 
-    def curvature(self, p: Float[Tensor, "batch d"]) -> Curvature:
-        """The generalised second derivatives at ``p`` of the part that is a sum over columns."""
-        columns = self.columns(p)
+    def curvature(self, piece: Piece) -> Curvature:
+        """The second derivatives, on that piece, of the part that is a sum over columns."""
         rho = self.rho[:, None, None]
-        wide = int((columns.whole | columns.tied).sum(-1).amax())
-        index, diagonal, tied = columns.index, columns.whole / (self.gamma + 1 / rho), columns.tied.to(columns.v.dtype)
-        diagonal = torch.where(columns.tied, rho, diagonal)
-        if self.k is None:
-            weight = torch.zeros_like(columns.level)
-        else:
-            shared = self.k - columns.whole.sum(-1, keepdim=True)
+        order = torch.where(piece.tied, 2, piece.whole.to(torch.uint8))
+        width = int((order > 0).sum(-1).amax())
+        kind, active = order.topk(max(width, 1), dim=-1)
+        tied = (kind == 2).to(self.a.dtype)
+        diagonal = torch.where(kind == 2, rho, torch.where(kind == 1, 1 / (self.gamma + 1 / rho), 0.0))
+        weight = torch.zeros_like(tied[..., :1])
+        if self.k is not None:
+            shared = self.k - (kind == 1).sum(-1, keepdim=True)
             count = tied.sum(-1, keepdim=True)
             weight = torch.where(count > 0, rho / (count + shared / (self.gamma * rho)), 0.0)
-        active = diagonal.topk(max(wide, 1), dim=-1).indices
-        return Curvature(index.gather(-1, active), diagonal.gather(-1, active), tied.gather(-1, active), weight)
+        return Curvature(piece.index.gather(-1, active), diagonal, tied, weight)
 
     def lift(self, p: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d"]:
         """``p`` with alpha raised, in rows that the plan leaves empty, until their first entry takes part.
@@ -161,7 +194,7 @@ class SmoothedDual:
         There the function is linear in alpha and has no curvature, which leaves Newton's method without a scale.
         """
         columns = self.columns(p)
-        empty = Entries(columns.plan, columns.index, self.a.shape[-1]).row_sums() == 0
+        empty = columns.entries(self.a.shape[-1]).row_sums() == 0
         rows = empty.any(-1).nonzero()[:, 0]
         if rows.numel() == 0:
             return p
@@ -176,15 +209,17 @@ class SmoothedDual:
         lifted[rows, : self.a.shape[-1]] = torch.where(empty[rows], reached, alpha)
         return lifted
 
-    def gap(self, p: Float[Tensor, "batch d"]) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """Relaxed primal value of the plan at ``p`` minus the dual value without smoothing there, and the primal value."""
-        columns = self.columns(p)
+    def gap(
+        self, p: Float[Tensor, "batch d"], columns: Columns
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+        """Relaxed primal value of the plan at ``p`` minus the dual value without smoothing there, and the size of their terms."""
         alpha, beta = self._split(p)
         curve = torch.where(columns.tied, columns.level, self.gamma * columns.plan)  # t^2 / theta = t s / gamma on ties
         primal = (columns.plan * (columns.cost + curve / 2)).sum((-2, -1))
+        size = (columns.plan * (columns.cost.abs() + curve / 2)).sum((-2, -1))
         best = columns.x if self.k is None else columns.x.topk(min(self.k, columns.x.shape[-1]), dim=-1).values
         conjugate = best.clamp_min(0).square().sum((-2, -1)) / (2 * self.gamma)
-        return primal - ((alpha * self.a).sum(-1) + (beta * self.b).sum(-1) - conjugate), primal
+        return primal - ((alpha * self.a).sum(-1) + (beta * self.b).sum(-1) - conjugate), size
 
     def _split(self, p: Float[Tensor, "batch d"]) -> tuple[Float[Tensor, "batch m"], Float[Tensor, "batch n"]]:
         return p[:, : self.a.shape[-1]], p[:, self.a.shape[-1] :]
@@ -216,6 +251,11 @@ class SmoothedDual:
         tied = (v > level) & ~whole
         plan = torch.where(tied, rho * (v - level), torch.where(whole, free, 0.0))
         return Columns(scan.index, scan.cost, x, v, level, whole, tied, plan)
+
+
+def widen(entries: Shaped[Tensor, "*batch c"], width: int) -> Shaped[Tensor, "*batch w"]:
+    """``entries`` padded with zeros to ``width``."""
+    return pad(entries, (0, width - entries.shape[-1]))
 
 
 def place_level(
