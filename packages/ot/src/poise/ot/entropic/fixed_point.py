@@ -141,8 +141,8 @@ class _Stage:
     def look(self) -> tuple[float, float]:
         """The largest error of the batch and the strain of the kernel, in one transfer."""
         self.error = row_error(self._a, self._phi, self._update, self._mass)
-        worst, strain = torch.stack([self.error.max(), self._kernel.strain(self._phi, self._psi)]).tolist()
-        return worst, strain
+        worst, strain = torch.stack([self.error.max(), self._kernel.strain(self._phi, self._psi)]).cpu()
+        return float(worst), float(strain)
 
     def finish(self) -> float:
         """Make the columns exact, which over-relaxation leaves open, and look again."""

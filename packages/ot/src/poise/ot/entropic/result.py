@@ -66,7 +66,7 @@ def regularization(reg: float | Tensor, batch: Tensor) -> Tensor:
     Raises:
         ValueError: it is not positive and finite, or its shape is not that of the batch.
     """
-    epsilon = torch.as_tensor(reg, dtype=batch.dtype, device=batch.device).detach()
+    epsilon = reg.detach().to(batch) if isinstance(reg, Tensor) else batch.new_full((), reg)
     if epsilon.ndim and epsilon.shape != batch.shape:
         raise ValueError(f"reg must be one number or of shape {tuple(batch.shape)}, got shape {tuple(epsilon.shape)}")
     if not bool(((epsilon > 0) & epsilon.isfinite()).all()):

@@ -52,9 +52,9 @@ from poise.ot.maps.neural_dual import NeuralDualSolver
 ARMS = {
     "baseline": "fitting loss alone (lambda = 0)",
     "monge_gap": "Monge gap for the squared Euclidean cost",
-    "strong_gap": "the same with a larger lambda",
+    "strong_gap": "Monge gap for the squared Euclidean cost, larger lambda",
     "euclidean": "Monge gap for the Euclidean cost",
-    "strong_euclidean": "the same with a larger lambda",
+    "strong_euclidean": "Monge gap for the Euclidean cost, larger lambda",
     "icnn_dual": "no gap: the gradient of a convex network trained on the dual (Makkuva et al. 2020)",
 }
 COSTS: dict[str, Cost] = {"squared": SqEuclidean(), "euclidean": Euclidean()}
@@ -73,7 +73,8 @@ def train_map(
     net, optimizer = run.prepare(net.to(run.device), optimizer)
     fitting_loss = SinkhornLoss(RelativeEpsilon(config.fitting_epsilon))
     cost = COSTS["euclidean" if "euclidean" in arm else "squared"]
-    strength = 0.0 if arm == "baseline" else config.strong_strength if arm.startswith("strong") else config.strength
+    strong = dict.fromkeys(("strong_gap", "strong_euclidean"), config.strong_strength)
+    strength = {"baseline": 0.0, **strong}.get(arm, config.strength)
     schedule = Piecewise((config.steps,), (strength, strength / 10))
     gap = MongeGapLoss(cost, relative_epsilon=config.gap_epsilon, weight=schedule)
 

@@ -52,7 +52,7 @@ class Study(ABC):
         tail_steps: further steps at a tenth of ``lambda``, where a small bias of the gap is traded for fit.
         warm_steps: regression steps onto ``Task.start`` before.
         batch: samples of each side per step.
-        learning_rate: of Adam, for the maps.
+        learning_rate: of Adam, for the maps; it decays to 0 along a cosine.
         widths: hidden layers of the map.
         strength: ``lambda`` of ``monge_gap`` and ``euclidean``.
         strong_strength: ``lambda`` of ``strong_gap`` and ``strong_euclidean``.
@@ -73,7 +73,7 @@ class Study(ABC):
     tail_steps: int = 0
     warm_steps: int = 0
     batch: int = 128
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     widths: tuple[int, ...] = (64, 64)
     strength: float = 1.0
     strong_strength: float = 5.0
@@ -203,7 +203,7 @@ class Cells(Study):
         tasks = []
         for drug, dose in contexts:
             target, test_y = self._split(cells.treated(drug, dose), run)
-            context = torch.tensor([float(classes.index(drug)), dose])
+            context = torch.tensor([float(classes.index(drug)), dose], device=run.device)
             tasks.append(Task(source, target, test_x, test_y, context=context))
         return tasks
 

@@ -29,7 +29,7 @@ def pictures(source: Tensor, target: Tensor, results: Mapping[str, ArmResult], a
     for name, result in results.items():
         gaps = f"gap {result.metrics['squared_gap']:.1e} (squared), {result.metrics['euclidean_gap']:.1e} (Euclidean)"
         panels.append((f"{name}: {arms[name]}\n{gaps}", result.load("picture")["picture"]))
-    columns = 2
+    columns = 3 if len(panels) > 4 else 2
     rows = -(-len(panels) // columns)
     figure = _figure(6.4 * columns, 4.9 * rows)
     for index, (title, image) in enumerate(panels):

@@ -23,7 +23,7 @@ next step. Problems that are done leave the batch once they are half of it.
 """
 
 from dataclasses import dataclass, fields
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,6 +35,7 @@ TRIALS = 20  # of one line search before it counts as failed
 EXPANSION = 4.0  # of the step while no upper end of the bracket is known
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A batch of independent functions."""
 
@@ -42,7 +43,7 @@ class Objective(Protocol):
         """Value and gradient of every function at its row of ``x``."""
         ...
 
-    def select(self, keep: Int[Tensor, " kept"], /) -> Self:
+    def select(self, keep: Int[Tensor, " kept"], /) -> "Objective":
         """The functions at the places ``keep``."""
         ...
 

@@ -9,7 +9,7 @@ Qi and Sun, A nonsmooth version of Newton's method, Mathematical Programming 58,
 Manns and Meyer, Quadratically Regularized Optimal Transport, Applied Mathematics and Optimization 83, 2021, arXiv 1903.01112.
 """
 
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,7 @@ LEAST_DAMPING = 1e-7  # relative to second derivatives times the share of mass t
 LARGEST_RIDGE = 1e2  # relative to second derivatives; a step that is still bad at this one is rounding
 
 
+@runtime_checkable
 class CurvedObjective(Protocol):
     """A batch of dual objectives in ``[alpha, beta]`` with piecewise linear gradients."""
 
@@ -33,7 +34,7 @@ class CurvedObjective(Protocol):
         """Value, gradient, and the piece of the gradient that ``p`` is on."""
         ...
 
-    def select(self, keep: Int[Tensor, " kept"], /) -> Self:
+    def select(self, keep: Int[Tensor, " kept"], /) -> "CurvedObjective":
         """The objectives at the places ``keep``."""
         ...
 

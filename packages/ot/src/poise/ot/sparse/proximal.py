@@ -30,11 +30,8 @@ from poise.ot.sparse.smoothing import SmoothedDual, widen
 STIFFNESS = 1.0  # gamma rho of the first step
 LOOSENESS = 500.0  # of the first step where gamma is weak: rho in units of mass per entry and spread of costs
 FIRST_ERROR, NEXT_ERROR = 0.05, 0.1  # missing mass after the first step, and what each step leaves of it
-GROWTH, FAST, SLOW = (
-    5.0,
-    10,
-    25,
-)  # rho grows by this after a fast step, by its root after a slower one, not after a slow one
+# rho grows by GROWTH after a step of FAST iterations, by its root up to SLOW, and then stays
+GROWTH, FAST, SLOW = 3.0, 15, 35
 INNER = 40  # Newton iterations of one step at most
 STEPS = 60
 NEWTON_LIMIT = 2**27  # numbers in the systems of a batch: 1 GB in float64
@@ -69,6 +66,8 @@ def proximal_point(
 ) -> ProximalPoint:
     """Solve the relaxation of min <T, C> + gamma/2 |T|^2 with at most ``k`` nonzeros per column.
 
+    Computed in float64 whatever comes in: which entries tie is decided by digits that float32 does not have.
+
     Args:
         a: row masses.
         b: column masses.
@@ -78,6 +77,8 @@ def proximal_point(
         tol: missing mass relative to the total, and duality gap relative to the primal value, at which a problem is done.
         max_iter: iterations of L-BFGS and Newton per problem at most.
     """
+    dtype = cost.dtype
+    a, b, cost = a.double(), b.double(), cost.double()
     mass = a.sum(-1)
     place = torch.arange(len(a), device=a.device)
     p = torch.zeros_like(torch.cat([a, b], dim=-1))
@@ -124,7 +125,7 @@ def proximal_point(
         alive = (~ended).nonzero()[:, 0]
         place, rho, damping, allowed, floor = (each[alive] for each in (place, rho, damping, allowed, floor))
         p, center = minimum.point[alive], center.select(alive)
-    return ProximalPoint(point, plan, n_iter, solved)
+    return ProximalPoint(point.to(dtype), plan.to(dtype), n_iter, solved)
 
 
 def _first_rho(

@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from poise.ot.sparse.projection import check_cardinality, project_largest, wide
@@ -60,8 +60,8 @@ class Entries:
     def scaled(self, factor: Float[Tensor, "*batch n"]) -> "Entries":
         return Entries(self.values * factor[..., None], self.index, self.size)
 
-    def select(self, keep: Int[Tensor, " kept"]) -> "Entries":
-        """The plans at the places ``keep`` of the batch."""
+    def select(self, keep: Int[Tensor, " kept"] | Bool[Tensor, " all"]) -> "Entries":
+        """The plans at the places ``keep`` of the batch, numbers or a mask."""
         return Entries(self.values[keep], None if self.index is None else self.index[keep], self.size)
 
     def dense(self) -> Float[Tensor, "*batch n m"]:

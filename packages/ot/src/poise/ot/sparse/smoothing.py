@@ -17,7 +17,6 @@ moved by more than the margin seen in that scan; :class:`SmoothedDual` scans a p
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -144,7 +143,7 @@ class SmoothedDual:
         missing = torch.cat([plan.row_sums() - self.a, plan.column_sums() - self.b], dim=-1)
         return value, missing, Piece(columns.index, columns.whole, columns.tied)
 
-    def select(self, keep: Int[Tensor, " kept"]) -> Self:
+    def select(self, keep: Int[Tensor, " kept"]) -> "SmoothedDual":
         part = replace(self, a=self.a[keep], b=self.b[keep], place=self.place[keep], rho=self.rho[keep])
         if self.center is not None:
             part.center = self.center.select(keep)
