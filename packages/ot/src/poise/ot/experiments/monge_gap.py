@@ -115,13 +115,18 @@ def train_dual(
 
     steps = config.dual_inner_steps
     solvers = [NeuralDualSolver(potential(), potential(), optimizer=adam, inner_steps=steps) for _ in tasks]
+    optimizers = [optimizer for solver in solvers for optimizer in (solver.optimizer_f, solver.optimizer_g)]
+    decays = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.dual_steps) for optimizer in optimizers]
     state = {f"solver_{index}": solver for index, solver in enumerate(solvers)}
+    state |= {f"decay_{index}": decay for index, decay in enumerate(decays)}
     for step in run.steps(config.dual_steps, name="train", curves=curves, **state):
         index = int(torch.randint(len(tasks), (), generator=run.generator))
         task, solver = tasks[index], solvers[index]
         x = task.source(config.batch, run.generator).to(run.device)
         inner = (task.target(config.batch, run.generator).to(run.device) for _ in range(steps + 1))
         loss = solver.update(x, next(inner), inner=inner)
+        for decay in decays:
+            decay.step()
         for point in due(step, config.dual_steps, config.curve_points):
             measure(config, run, curves, point, step, loss, solvers[0].transform, tasks[0])
     return lambda task: next(solver.transform for other, solver in zip(tasks, solvers, strict=True) if other is task)

@@ -78,13 +78,13 @@ class SparseOTRouter(nn.Module):
         width: int,
         experts: int,
         *,
-        choose: Literal["tokens", "experts"] = "tokens",
+        choose: Literal["tokens", "experts"] | str = "tokens",
         capacity_factor: float = 1.0,
         selected: int = 1,
         gamma: float = 1.0,
         steps: int = RELEASED_STEPS,
         learning_rate: float = RELEASED_RATE,
-        combine: Literal["gates", "plan"] = "gates",
+        combine: Literal["gates", "plan"] | str = "gates",
         entropic: bool = False,
         noise: float = 0.0,
         generator: torch.Generator | None = None,
@@ -114,7 +114,7 @@ class SparseOTRouter(nn.Module):
         exact = math.ceil(self.capacity_factor * tokens / self.experts)
         return min(tokens, CAPACITY_MULTIPLE * math.ceil(exact / CAPACITY_MULTIPLE))
 
-    def forward(self, tokens: Float[Tensor, "groups tokens width"]) -> Routing:
+    def forward(self, tokens: Float[Tensor, "..."]) -> Routing:
         """Route every group by itself.
 
         Args:

@@ -44,8 +44,8 @@ from poise.ot.sparse.projection import wide
 from poise.ot.sparse.proximal import proximal_point
 from poise.ot.sparse.regularizers import ColumnRegularizer, NegEntropy, SparsityConstrained
 
-Solver = Literal["auto", "proximal", "lbfgs", "adam", "subgradient"]
-Form = Literal["semi_dual", "dual"]
+Solver = Literal["auto", "proximal", "lbfgs", "adam", "subgradient"] | str
+Form = Literal["semi_dual", "dual"] | str
 
 ROW_TOL = 1e-3
 """Share of the mass by which rows may be off in a plan that counts as a solution."""
@@ -152,7 +152,7 @@ def sparsity_constrained_ot(
     M: Array,
     k: int,
     gamma: float = 1.0,
-    axis: Literal["col", "row"] = "col",
+    axis: Literal["col", "row"] | str = "col",
     form: Form = "semi_dual",
     solver: Solver = "auto",
     tol: float | None = None,
