@@ -83,8 +83,13 @@ def _figures(folder: Path) -> list[dict[str, str]]:
             "name": path.stem.replace("_", " "),
             "uri": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
         }
-        for path in sorted((folder / "figures").glob("*.png"))
+        for path in in_order(folder / "figures")
     ]
+
+
+def in_order(figures: Path) -> list[Path]:
+    """The figures of a folder in the order in which they were drawn."""
+    return sorted(figures.glob("*.png"), key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
 def _claim(claim: Claim, results: dict[str, dict[str, float]]) -> dict[str, Any]:

@@ -250,7 +250,7 @@ class Run:
         """Keep a matplotlib figure as ``figures/<name>.png``."""
         if self.is_main:
             with replacing(self.dir / "figures" / f"{name}.png") as temporary:
-                figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+                figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
 
     def save(self, name: str, **tensors: Tensor) -> None:
         """Keep tensors as ``artifacts/<name>.safetensors``, for the experiment's ``compare`` and for the user."""

@@ -16,6 +16,7 @@ from poise.core.lab.atomic import replacing, write_json
 from poise.core.lab.environment import environment
 from poise.core.lab.errors import BadInput, RunFailed
 from poise.core.lab.execute import Plan, Request, finished, is_stale, plan
+from poise.core.lab.report import in_order
 from poise.core.lab.statistics import judge
 
 Engine = Literal["local", "ray"]
@@ -204,7 +205,7 @@ def _publish_figure(figures: Path, verdict: Path) -> None:
     """Keep the first comparison of the first seed beside the verdict, for the docs page: small, with a palette of 256 colours."""
     from PIL import Image
 
-    for figure in sorted(figures.glob("*.png"))[:1]:
+    for figure in in_order(figures)[:1]:
         with Image.open(figure) as picture:
             picture.thumbnail((1600, 2400))
             small = picture.convert("RGB").quantize(256)

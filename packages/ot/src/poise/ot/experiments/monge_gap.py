@@ -259,12 +259,12 @@ def run(config: Study, arm: str, run: Run) -> dict[str, float]:
 
 def compare(config: Study, results: dict[str, ArmResult], run: Run) -> None:
     """Figures across arms."""
-    run.figure("metrics", figures.metrics(results))
     if isinstance(config, ColourTransfer):
         source, target = (picture(name).rgb() for name in (config.source_picture, config.target_picture))
         run.figure("pictures", figures.pictures(source, target, results, ARMS))
     else:
         run.figure("maps", figures.maps(results, ARMS))
+    run.figure("metrics", figures.metrics(results))
 
 
 PAPER = "Uscidda and Cuturi 2023"
