@@ -9,6 +9,7 @@ from poise.core.testing import Sample, randn
 from poise.ot import (
     ICNN,
     STVS,
+    ColumnRegularizer,
     ConditionalMongeMap,
     ConservativePenalty,
     ElasticCost,
@@ -17,11 +18,16 @@ from poise.ot import (
     KOverlap,
     MongeGapLoss,
     PNormP,
+    SparseOTRouter,
+    SparsityConstrained,
     SphereMap,
+    SquaredL2,
     StructuredMap,
     sinkhorn,
     sinkhorn_divergence,
     sinkhorn_points,
+    solve_semi_dual,
+    sparse_simplex_projection,
 )
 
 
@@ -131,4 +137,60 @@ MONGE_GAP = (
     ),
 )
 
-SAMPLES: tuple[Sample, ...] = MAPS + MONGE_GAP
+
+def simplex(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Positive masses that sum to 1."""
+    return torch.softmax(0.3 * randn(generator, *shape), -1)
+
+
+def combine_weights(router: SparseOTRouter, tokens: torch.Tensor) -> torch.Tensor:
+    """The weights of the experts' answers."""
+    return router(tokens).combine
+
+
+def transport_value(reg: ColumnRegularizer, cost: torch.Tensor) -> torch.Tensor:
+    """The value of transport between uniform masses."""
+    a, b = (cost.new_full((size,), 1 / size) for size in cost.shape)
+    return solve_semi_dual(a, b, cost, reg).value
+
+
+SPARSE_OT = (
+    Sample(
+        name="sparse_ot/projection",
+        build=lambda: partial(sparse_simplex_projection, k=3),
+        inputs=lambda generator: (randn(generator, 4, 7),),
+    ),
+    Sample(
+        name="sparse_ot/quadratic_max",
+        build=lambda: lambda x, b: SquaredL2(0.5).max_op(x, b)[1],
+        inputs=lambda generator: (randn(generator, 6, 4), simplex(generator, 4)),
+    ),
+    Sample(
+        name="sparse_ot/capped_conjugate",
+        build=lambda: lambda x: SparsityConstrained(2, 0.5).conjugate(x)[0],
+        inputs=lambda generator: (randn(generator, 6, 4),),
+    ),
+    Sample(
+        name="sparse_ot/value_quadratic",
+        build=lambda: partial(transport_value, SquaredL2(0.5)),
+        inputs=lambda generator: (randn(generator, 6, 4).square(),),
+        compile=False,
+        fake_cuda=False,
+        reason=UNTIL_CONVERGED,
+    ),
+    Sample(
+        name="sparse_ot/value_capped",
+        build=lambda: partial(transport_value, SparsityConstrained(2, 0.5)),
+        inputs=lambda generator: (randn(generator, 6, 4).square(),),
+        compile=False,
+        fake_cuda=False,
+        reason=UNTIL_CONVERGED,
+    ),
+    Sample(
+        name="sparse_ot/router",
+        build=lambda: partial(combine_weights, SparseOTRouter(6, 3).double()),
+        inputs=lambda generator: (randn(generator, 2, 9, 6),),
+    ),
+)
+
+SAMPLES: tuple[Sample, ...] = MAPS + MONGE_GAP + SPARSE_OT

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from poise.ot.sparse.duals import SemiDual
 from poise.ot.sparse.firstorder import adam_point
+from poise.ot.sparse.projection import wide
 from poise.ot.sparse.regularizers import ColumnRegularizer, NegEntropy, SparsityConstrained
 from poise.ot.sparse.sparse_ot import solve_semi_dual
 
@@ -128,8 +129,8 @@ class SparseOTRouter(nn.Module):
                 f"tokens must have shape (groups, tokens, {self.score.in_features}) with none of them 0, got {tuple(tokens.shape)}"
             )
         logits = self.score(tokens)
-        gates = logits.float().softmax(-1)
-        scores = self._noisy(logits.detach().float()) if self.entropic else gates.detach()
+        gates = wide(logits).softmax(-1)
+        scores = self._noisy(wide(logits.detach())) if self.entropic else gates.detach()
         plan = self._cut(entropic_plan(scores)) if self.entropic else self.sparse_plan(scores)
         dispatch = plan > 0
         weights = gates if self.combine == "gates" else plan
@@ -164,6 +165,7 @@ class SparseOTRouter(nn.Module):
         return {"max_load": load, "dropped": dropped, "row_error": (plan.sum(-1) - 1).abs().mean()}
 
 
+@torch.compiler.disable  # twenty unrolled steps make a large graph for no gain
 def adam_plan(
     a: Float[Tensor, "groups m"],
     b: Float[Tensor, "groups n"],
@@ -181,6 +183,7 @@ def adam_plan(
     )
 
 
+@torch.compiler.disable
 def entropic_plan(scores: Float[Tensor, "groups tokens experts"]) -> Float[Tensor, "groups tokens experts"]:
     """The entropic plan, at strength 1, that gives every token a unit of mass and every expert an equal share."""
     groups, tokens, experts = scores.shape
