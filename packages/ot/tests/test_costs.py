@@ -254,11 +254,13 @@ def test_blocks_do_not_change_value_or_gradient(reg: STVS | KOverlap, monkeypatc
 
 
 @pytest.mark.parametrize("cost", TRANSLATION + ANGULAR, ids=repr)
-def test_half_precision_is_computed_in_single(cost: Cost) -> None:
+def test_half_precision_and_autocast_are_computed_in_single(cost: Cost) -> None:
     x, y = unit(normal(6, 4)).bfloat16(), unit(normal(5, 4, seed=1)).bfloat16()
     matrix = cost.pairwise(x, y)
-    assert matrix.dtype == torch.bfloat16
-    torch.testing.assert_close(matrix.double(), cost.pairwise(x.double(), y.double()), rtol=1e-2, atol=1e-2)
+    assert matrix.dtype == cost.elementwise(x, x).dtype == torch.float32
+    torch.testing.assert_close(matrix.double(), cost.pairwise(x.double(), y.double()), rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(cost.pairwise(x, y), matrix)
 
 
 @pytest.mark.parametrize(

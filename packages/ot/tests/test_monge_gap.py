@@ -336,8 +336,8 @@ def test_half_precision_is_computed_in_single(dtype: torch.dtype) -> None:
     value, _ = monge_gap_from_samples(x, t, relative_epsilon=0.05)
     value.backward()
     expected = gap(x.float(), t.detach().float(), relative_epsilon=0.05)
-    assert value.dtype == dtype
-    assert value.item() == pytest.approx(expected, rel=1e-2)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(expected, rel=1e-3)
     assert t.grad is not None
     assert torch.isfinite(t.grad).all()
 

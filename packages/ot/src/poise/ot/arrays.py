@@ -12,6 +12,7 @@ go back to NumPy (:func:`like`). Bad histograms and costs are reported here, in 
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import overload
 
 import numpy as np
@@ -57,6 +58,12 @@ def like(tensor: Tensor, reference: Array) -> Array:
 def widen(tensor: Tensor) -> Tensor:
     """Half precision as float32, in which all solvers compute; float32 and float64 as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[None]:
+    """Keep autocast from narrowing matrix products on the tensor's device: costs and plans need all their digits."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def check_finite(*tensors: Tensor) -> None:

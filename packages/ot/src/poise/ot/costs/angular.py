@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from poise.ot.arrays import widen
+from poise.ot.arrays import full_precision, widen
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,16 @@ class Cosine:
     ridge: float = 1e-8
 
     def elementwise(self, x: Float[Tensor, "*batch d"], y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        x, y = widen(x), widen(y)
         norms = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
         return 1 - (x * y).sum(-1) / (norms + self.ridge)
 
     def pairwise(self, x: Float[Tensor, "*batch n d"], y: Float[Tensor, "*batch m d"]) -> Float[Tensor, "*batch n m"]:
-        wide_x, wide_y = widen(x), widen(y)
-        norms_x = torch.linalg.vector_norm(wide_x, dim=-1).unsqueeze(-1)
-        norms_y = torch.linalg.vector_norm(wide_y, dim=-1).unsqueeze(-2)
-        return (1 - wide_x @ wide_y.mT / (norms_x * norms_y + self.ridge)).to(x.dtype)
+        x, y = widen(x), widen(y)
+        norms_x = torch.linalg.vector_norm(x, dim=-1).unsqueeze(-1)
+        norms_y = torch.linalg.vector_norm(y, dim=-1).unsqueeze(-2)
+        with full_precision(x):
+            return 1 - x @ y.mT / (norms_x * norms_y + self.ridge)
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,11 @@ class SphereGeodesic:
     """
 
     def elementwise(self, x: Float[Tensor, "*batch d"], y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-        return self._arc((widen(x) * widen(y)).sum(-1)).to(x.dtype)
+        return self._arc((widen(x) * widen(y)).sum(-1))
 
     def pairwise(self, x: Float[Tensor, "*batch n d"], y: Float[Tensor, "*batch m d"]) -> Float[Tensor, "*batch n m"]:
-        return self._arc(widen(x) @ widen(y).mT).to(x.dtype)
+        with full_precision(x):
+            return self._arc(widen(x) @ widen(y).mT)
 
     def _arc(self, cosine: Tensor) -> Tensor:
         margin = torch.finfo(cosine.dtype).eps

@@ -1,6 +1,7 @@
 """What a ground cost is, and the costs ``h(x - y)`` among them.
 
-A solver asks a cost for all pairs and for matching pairs; anything with these two methods is a cost (:class:`Cost`). Most
+A solver asks a cost for all pairs and for matching pairs; anything with these two methods is a cost (:class:`Cost`). The
+costs here take points of half precision too and give float32 then. Most
 are a function of the difference (:class:`TranslationCost`), and where ``h`` is strictly convex the optimal map has the
 form ``T(x) = x - grad h*(grad f(x))`` (Gangbo and McCann 1996), so such a cost has ``grad_h_star`` too.
 
@@ -21,6 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from poise.ot.arrays import widen
 
 BLOCK = 1 << 22
 """Entries of the largest temporary of :func:`blockwise`; a few tens of megabytes, so that it stays near the cache."""
@@ -48,11 +51,11 @@ class TranslationCost(ABC):
 
     def elementwise(self, x: Float[Tensor, "*batch d"], y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """``h(x_i - y_i)`` for matching points."""
-        return self.h(x - y)
+        return self.h(widen(x) - widen(y))
 
     def pairwise(self, x: Float[Tensor, "*batch n d"], y: Float[Tensor, "*batch m d"]) -> Float[Tensor, "*batch n m"]:
         """``h(x_i - y_j)`` for all pairs, in blocks of bounded memory."""
-        return blockwise(self.h, x, y)
+        return blockwise(self.h, widen(x), widen(y))
 
 
 def blockwise(

@@ -213,6 +213,5 @@ class ElasticCost(TranslationCost):
         return self.reg.prox(w / self.rho, self.lam / self.rho)
 
     def pairwise(self, x: Float[Tensor, "*batch n d"], y: Float[Tensor, "*batch m d"]) -> Float[Tensor, "*batch n m"]:
-        wide_x, wide_y = widen(x), widen(y)
-        quadratic = self.rho / 2 * SqEuclidean().pairwise(wide_x, wide_y)
-        return (quadratic + self.lam * self.reg.pairwise(wide_x, wide_y)).to(x.dtype)
+        x, y = widen(x), widen(y)
+        return self.rho / 2 * SqEuclidean().pairwise(x, y) + self.lam * self.reg.pairwise(x, y)

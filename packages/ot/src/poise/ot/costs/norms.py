@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from poise.ot.arrays import widen
+from poise.ot.arrays import full_precision, widen
 from poise.ot.costs.cost import TranslationCost
 
 
@@ -37,7 +37,8 @@ class SqEuclidean(TranslationCost):
         squares_x, squares_y = (points.square().sum(-1, keepdim=True) for points in (x_centred, y_centred))
         left = torch.cat([-2 * x_centred, squares_x, torch.ones_like(squares_x)], -1)
         right = torch.cat([y_centred, torch.ones_like(squares_y), squares_y], -1)
-        return (left @ right.mT).relu_().to(x.dtype)
+        with full_precision(left):
+            return (left @ right.mT).relu_()
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,7 @@ class SqPNorm(TranslationCost):
 
 def _distances(x: Tensor, y: Tensor, p: float) -> Tensor:
     """All p-norms of differences, exact near 0 and with gradient 0 at 0."""
-    wide_x, wide_y = widen(x), widen(y)
-    return torch.cdist(wide_x, wide_y, p=p, compute_mode="donot_use_mm_for_euclid_dist").to(x.dtype)
+    return torch.cdist(widen(x), widen(y), p=p, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _check_exponent(p: float) -> None:

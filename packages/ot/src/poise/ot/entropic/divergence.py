@@ -24,7 +24,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from poise.ot.arrays import widen
 from poise.ot.costs.cost import Cost
 from poise.ot.entropic.epsilon import RelativeEpsilon
 from poise.ot.entropic.points import SQUARED_EUCLIDEAN, PointSolver, check_points, sinkhorn_points
@@ -73,15 +72,12 @@ def sinkhorn_divergence(
         Feydy et al. 2019, equation 3.
     """
     check_points(x, y)
-    source, target = widen(x), widen(y)
     if isinstance(eps, RelativeEpsilon):
-        eps = eps.of_points(target, target, cost, b, b)
+        eps = eps.of_points(y, y, cost, b, b)
     solve = partial(solver, tol=tol, max_iter=max_iter)
-    cross = solve(source, target, eps, cost, a, b)
-    divergence = cross.value - solve(source, None, eps, cost, a).value / 2
+    cross = solve(x, y, eps, cost, a, b)
+    divergence = cross.value - solve(x, None, eps, cost, a).value / 2
     if static_b:
         entropy = -torch.xlogy(b, b).sum(-1) if b is not None else math.log(y.shape[-2])
-        divergence = divergence + cross.reg * entropy
-    else:
-        divergence = divergence - solve(target, None, eps, cost, b).value / 2
-    return divergence.to(x.dtype)
+        return divergence + cross.reg * entropy
+    return divergence - solve(y, None, eps, cost, b).value / 2

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from poise.ot.arrays import widen
+from poise.ot.arrays import full_precision, widen
 from poise.ot.costs.cost import BLOCK, Cost
 
 
@@ -83,7 +83,8 @@ class RelativeEpsilon:
             ]
             return torch.stack(parts).sum(0)
 
-        return self._scaled(average)
+        with full_precision(x):
+            return self._scaled(average)
 
     def _scaled(self, average: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
         mean = average(lambda cost: cost)

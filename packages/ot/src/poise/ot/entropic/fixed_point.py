@@ -94,13 +94,15 @@ def solve(
             worst, strain = stage.look()
             if not math.isfinite(worst):
                 if fallback is None:
-                    return FixedPoint(*stage.sound, torch.full_like(stage.error, math.inf), iterations)
+                    phi, psi = (factor * potential for potential in stage.sound)
+                    return FixedPoint(phi, psi, torch.full_like(stage.error, math.inf), iterations)
                 kernel, fallback = fallback(), None
                 stage = make_stage(kernel, epsilon * factor, a, *stage.sound)
                 continue
-            if final and worst <= tol and stage.finish() <= tol:
+            exhausted = iterations >= max_iter
+            if final and (worst <= tol or exhausted) and (stage.finish() <= tol or exhausted):
                 break
-            if iterations >= max_iter or (not final and (worst <= STAGE_TOL or stage.iterations >= STAGE_ITERATIONS)):
+            if not final and (worst <= STAGE_TOL or stage.iterations >= STAGE_ITERATIONS or exhausted):
                 break
             if strain > 1:
                 stage.recentre()

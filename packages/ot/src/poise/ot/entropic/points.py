@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from poise.ot.arrays import as_tensors, check_masses, widen
+from poise.ot.arrays import as_tensors, check_masses, full_precision, widen
 from poise.ot.costs.cost import Cost
 from poise.ot.costs.norms import SqEuclidean
 from poise.ot.entropic.epsilon import RelativeEpsilon
@@ -72,7 +72,8 @@ def sinkhorn_points(
     """Entropic transport from points ``x`` to points ``y``.
 
     Args:
-        x: source points (n, d), or (B, n, d) for a batch of problems. Half precision is computed in float32.
+        x: source points (n, d), or (B, n, d) for a batch of problems. Half precision is computed in float32,
+            and so are the results.
         y: target points (m, d) or (B, m, d); ``None`` for ``x`` itself, which takes a few symmetric iterations only
             (the cost must be symmetric).
         reg: ε > 0: a number, one number per problem (B,), or relative to the cost.
@@ -86,7 +87,8 @@ def sinkhorn_points(
         init: potentials ``(f, g)`` of a similar problem; they replace the annealing of ε.
 
     Returns:
-        As :func:`poise.ot.sinkhorn`; the value is differentiable in points and masses.
+        As :func:`poise.ot.sinkhorn`; the value is differentiable in points and masses (and, where the costs are stored, in
+        whatever else they depend on).
 
     Raises:
         TypeError: the points or masses are not floating-point tensors of one dtype.
@@ -112,10 +114,12 @@ def sinkhorn_points(
         )
     if isinstance(reg, RelativeEpsilon) and reg.cost is not None:
         reg = reg.of_points(x, y, cost, source, target)
+    with full_precision(x):
+        M = cost.pairwise(widen(x), widen(y))
     return solve_matrix(
         source,
         target,
-        cost.pairwise(widen(x), widen(y)),
+        M,
         reg,
         method=method,
         tol=tol,

@@ -75,12 +75,16 @@ def regularization(reg: float | Tensor, batch: Tensor) -> Tensor:
 
 
 def check_stopping(tol: float, max_iter: int) -> None:
-    """Raises: ValueError: the tolerance or the number of iterations is not positive."""
+    """Check when to stop.
+
+    Raises:
+        ValueError: the tolerance or the number of iterations is not positive.
+    """
     if not (tol > 0 and max_iter >= 1):
         raise ValueError(f"tol must be positive and max_iter at least 1, got {tol} and {max_iter}")
 
 
-def start(init: Potentials | None, a: Tensor, b: Tensor, epsilon: Tensor) -> Potentials:
+def starting_potentials(init: Potentials | None, a: Tensor, b: Tensor, epsilon: Tensor) -> Potentials:
     """Relative, dimensionless potentials to start from.
 
     Raises:

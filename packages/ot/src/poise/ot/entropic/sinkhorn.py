@@ -6,13 +6,13 @@ Cuturi, Sinkhorn Distances: Lightspeed Computation of Optimal Transport, NeurIPS
           \qquad H(P) = -\sum_{ij} P_{ij} \log P_{ij}.
 
 The optimal plan is :math:`P_{ij} = \exp((f_i + g_j - M_{ij})/\varepsilon)`, and the value is what the potentials say,
-:math:`W_\varepsilon = \langle f, a\rangle + \langle g, b\rangle`: a lower bound of the cost of every plan, at every iterate.
-With this sign of the entropy :math:`W_\varepsilon \le W_0`. Others subtract the entropy of :math:`a b^\top` (then the value is
-larger by :math:`\varepsilon H(a) + \varepsilon H(b)`) or report :math:`\langle P, M\rangle`, which is ``(plan * M).sum()``.
+:math:`W_\varepsilon = \langle f, a\rangle + \langle g, b\rangle`: a lower bound of the objective of every plan, converged or
+not. With this sign of the entropy :math:`W_\varepsilon \le W_0`. Others take the entropy relative to :math:`a b^\top` (then the
+value is larger by :math:`\varepsilon H(a) + \varepsilon H(b)`) or report :math:`\langle P, M\rangle`, ``(plan * M).sum()``.
 
 Gradients come from the envelope theorem, never through the iterations: :math:`\partial W/\partial M = P`,
-:math:`\partial W/\partial a = f`, :math:`\partial W/\partial b = g` (the last two up to constants, which a change of mass that
-keeps the totals does not see).
+:math:`\partial W/\partial a = f`, :math:`\partial W/\partial b = g` (the last two up to constants, which a change of masses
+that keeps the totals does not see).
 
 >>> import torch
 >>> a, b = torch.full((2,), 0.5), torch.full((3,), 1 / 3)
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from poise.ot.arrays import Array, as_tensors, check_histograms, widen
+from poise.ot.arrays import Array, as_tensors, check_histograms, full_precision, widen
 from poise.ot.entropic.epsilon import RelativeEpsilon
 from poise.ot.entropic.fixed_point import annealing_factors, solve
 from poise.ot.entropic.kernels import LOG2_E, LogKernel, StabilizedKernel
@@ -41,7 +41,7 @@ from poise.ot.entropic.result import (
     check_stopping,
     judge,
     regularization,
-    start,
+    starting_potentials,
     to_numpy,
 )
 
@@ -89,7 +89,8 @@ def sinkhorn(
     Args:
         a: source masses (n,) or (B, n); uniform when ``None``. Masses may be 0, so that padding has no effect.
         b: target masses (m,) or (B, m) of the same total; uniform when ``None``.
-        M: cost matrix (n, m), or (B, n, m) for a batch of problems. Half precision is computed in float32.
+        M: cost matrix (n, m), or (B, n, m) for a batch of problems. Half precision is computed in float32,
+            and so are the results.
         reg: ε > 0: a number, one number per problem (B,), or relative to the cost.
         method: ``"log"`` computes in the log domain throughout. ``"absorption"`` iterates with a stabilised kernel matrix,
             several times faster. ``"auto"`` does the latter and goes on in the log domain if numbers overflow.
@@ -102,8 +103,8 @@ def sinkhorn(
 
     Raises:
         TypeError: not torch or NumPy floating-point arrays of one kind and dtype.
-        ValueError: shapes do not fit, entries are NaN or infinite, masses are negative or their totals differ, or ``reg``, ``tol``
-            or ``max_iter`` is not positive.
+        ValueError: shapes do not fit, entries are NaN or infinite, masses are negative or their totals differ, or ``reg``,
+            ``tol`` or ``max_iter`` is not positive.
 
     Source:
         Peyré and Cuturi, Computational Optimal Transport, 2019, sections 4.1 and 4.4.
@@ -144,14 +145,14 @@ def solve_matrix(
     def log_kernel() -> LogKernel:
         return LogKernel(cost, source, target)
 
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(cost):
         # a warm start and the symmetric iteration need no annealing
         spread = 0.0 if symmetric or init else float((cost.std((-2, -1), correction=0) / epsilon).max())
         found = solve(
             log_kernel() if method == "log" else StabilizedKernel(cost, source, target),
             epsilon,
             source,
-            *start(init, source, target, epsilon),
+            *starting_potentials(init, source, target, epsilon),
             factors=annealing_factors(spread),
             tol=tol,
             max_iter=max_iter,
@@ -163,7 +164,7 @@ def solve_matrix(
     return SinkhornResult(
         f=f,
         g=g,
-        value=_Envelope.apply(value.to(M.dtype), a, b, M, f, g, epsilon),
+        value=_Envelope.apply(value, a, b, M, f, g, epsilon),
         reg=epsilon,
         marginal_error=found.error,
         converged=converged,

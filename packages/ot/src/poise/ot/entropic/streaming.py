@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from poise.ot.arrays import widen
+from poise.ot.arrays import full_precision, widen
 from poise.ot.costs.cost import Cost
 from poise.ot.entropic.epsilon import RelativeEpsilon
 from poise.ot.entropic.fixed_point import annealing_factors, solve
@@ -33,7 +33,7 @@ from poise.ot.entropic.result import (
     check_stopping,
     judge,
     regularization,
-    start,
+    starting_potentials,
 )
 from poise.ot.entropic.sinkhorn import plan
 
@@ -87,12 +87,12 @@ def streaming_sinkhorn(
     if isinstance(reg, RelativeEpsilon):
         reg = reg.of_points(points, others, cost, source, target)
     epsilon = regularization(reg, points[..., 0, 0])
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(points):
         found = solve(
             _StreamingKernel(points, others, cost, source, target),
             epsilon,
             source,
-            *start(init, source, target, epsilon),
+            *starting_potentials(init, source, target, epsilon),
             factors=[1.0] if symmetric or init else annealing_factors(_spread(points, others, cost, epsilon)),
             tol=tol,
             max_iter=max_iter,
@@ -103,7 +103,7 @@ def streaming_sinkhorn(
     return SinkhornResult(
         f=f,
         g=g,
-        value=_PointEnvelope.apply(value.to(x.dtype), x, y, a, b, f, g, epsilon, cost),
+        value=_PointEnvelope.apply(value, x, y, a, b, f, g, epsilon, cost),
         reg=epsilon,
         marginal_error=found.error,
         converged=converged,
@@ -202,7 +202,7 @@ def _point_gradients(
     size = _blocks(x, y)[0].shape[-2]
     for part, potential in zip(x.split(size, -2), f.split(size, -1), strict=True):
         rows = part.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), full_precision(rows):
             costs = cost.pairwise(rows, columns)
         weights = plan(potential, g, costs.detach(), epsilon).mul_(grad[..., None, None])
         grad_rows, grad_columns = torch.autograd.grad(costs, (rows, columns), weights)

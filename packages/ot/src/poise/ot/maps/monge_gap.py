@@ -32,7 +32,7 @@ from torch import Tensor
 
 from poise.core.penalty import Penalty
 from poise.core.schedule import Schedule
-from poise.ot.arrays import widen
+from poise.ot.arrays import full_precision, widen
 from poise.ot.costs.cost import Cost
 from poise.ot.costs.norms import SqEuclidean
 from poise.ot.entropic.epsilon import RelativeEpsilon
@@ -96,14 +96,14 @@ def monge_gap_from_samples(
 ) -> tuple[Float[Tensor, "*B"], SinkhornResult[Tensor]]:
     r"""The Monge gap of any map that sends ``x[i]`` to ``t[i]``.
 
-    ========== ================== ============================================
+    ========== ================== ====================================================================
     epsilon    relative_epsilon   ε
-    ========== ================== ============================================
-    None       None               0.01 times the mean cost between x and t
+    ========== ================== ====================================================================
+    None       None               0.01 times the mean cost over all pairs of x and t
     number     None               that number
     None       number r           r times the mean cost
-    None or e  "mean" or "std"    e (or 0.05) times the mean or the standard deviation, OTT's rule
-    ========== ================== ============================================
+    None or e  "mean" or "std"    e (or 0.05) times the mean or the standard deviation, as in OTT
+    ========== ================== ====================================================================
 
     Args:
         x: samples of the reference measure (n, d), or (B, n, d) for a batch of problems.
@@ -206,9 +206,10 @@ def _gap(
         raise ValueError(
             f"every sample needs one image, got x of shape {tuple(x.shape)} and t of shape {tuple(t.shape)}"
         )
-    wide_x, wide_t = widen(x), widen(t)
-    result = solve(wide_x, wide_t, regularization, cost)
-    return (cost.elementwise(wide_x, wide_t).mean(-1) - result.value).to(x.dtype), result
+    result = solve(x, t, regularization, cost)
+    with full_precision(x):
+        displacement = cost.elementwise(widen(x), widen(t))
+    return displacement.mean(-1) - result.value, result
 
 
 def _regularization(
