@@ -124,8 +124,8 @@ def training_step() -> dict[str, Any]:
     return case("training step of a 3-64-64-3 map, batch 256", lambda: step(False), lambda: step(True))
 
 
-def streaming(n: int, iterations: int = 3) -> dict[str, Any]:
-    """A few iterations that never store the costs: memory against that of the cost matrix, had it been stored."""
+def streaming(n: int, iterations: int = 1) -> dict[str, Any]:
+    """An iteration that never stores the costs: memory against that of the cost matrix, had it been stored."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(n, 3, generator=generator) for _ in range(2))
 
@@ -138,7 +138,7 @@ def streaming(n: int, iterations: int = 3) -> dict[str, Any]:
     memory = peak_memory(ours)
     took = 1e3 * (time.perf_counter() - start)
     return {
-        "name": f"streaming Sinkhorn, n = {n}, {iterations} iterations; plain MB: the cost matrix that is not stored",
+        "name": f"streaming Sinkhorn, n = {n}, {iterations} iteration; plain MB: the cost matrix that is not stored",
         "plain_ms": took,
         "method_ms": took,
         "ratio": 1.0,
@@ -151,6 +151,6 @@ def bench() -> dict[str, Any]:
     """All cases."""
     return {
         "method": "ot/monge-gap",
-        "cases": [training_step(), *(streaming(n) for n in (5_000, 10_000, 20_000, 50_000))],
+        "cases": [training_step(), *(streaming(n) for n in (5_000, 10_000, 50_000))],
         "peers": [against_ott(), against_geomloss(), against_pot()],
     }
