@@ -6,10 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from poise.core import functional, gates
+from poise.core.labels.elr import ELRLoss, elr_regularizer
+from poise.core.labels.elr_plus import ELRPlusLoss, ELRPlusTrainer
+from poise.core.labels.mixing import Mix
+from poise.core.labels.soft_targets import soft_cross_entropy
 from poise.core.memory.ema import EMA
 from poise.core.memory.features import FeatureBank
 from poise.core.memory.samples import SampleBank
-from poise.core.memory.storage import TopKRows
+from poise.core.memory.storage import DenseRows, TopKRows
 from poise.core.neighbors.search import nearest
 from poise.core.testing import Sample, randn
 from poise.core.weights.conv_spectrum import conv_singular_values, orth_residuals
@@ -317,4 +321,87 @@ ORTHOGONAL_CONV = (
     ),
 )
 
-SAMPLES = FUNCTIONAL + GATES + MEMORY + NEIGHBORS + ORTHOGONAL_CONV
+ELR_INDEX = torch.tensor([5, 0, 2, 6])
+ELR_LABELS = torch.tensor([0, 2, 1, 1])
+ELR_MIX = Mix(torch.tensor([2, 0, 3, 1]), 0.7)
+MOVING_TARGET = "no gradient is to flow through the target, which the prediction or the input has moved before"
+
+
+def _bank(*shape: int) -> SampleBank:
+    return SampleBank(7, shape, storage=DenseRows(torch.float64))
+
+
+def _elr_with_memory() -> ELRLoss:
+    loss = ELRLoss(7, 3, memory=_bank(3))
+    loss.memory.write(torch.arange(7), 0.8 * torch.randn(7, 3).softmax(1))
+    return loss
+
+
+def _elr_plus(
+    loss: ELRPlusLoss, index: Tensor, mix: Mix, logits: Tensor, teacher: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    target = loss.update_targets(index, teacher, mix)
+    return target, loss(logits, mix(labels.softmax(1)), target, step=20)
+
+
+def _elr_plus_pair() -> partial[Tensor]:
+    trainer = ELRPlusTrainer(
+        lambda: nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), 7, 3, make_memory=partial(_bank, 3)
+    ).double()
+    return partial(_elr_plus_loss, trainer, ELR_MIX, ELR_LABELS, ELR_INDEX)
+
+
+def _elr_plus_loss(trainer: ELRPlusTrainer, mix: Mix, labels: Tensor, index: Tensor, x: Tensor) -> Tensor:
+    return trainer.loss(0, x, labels, index, mix)
+
+
+ELR = (
+    Sample(
+        name="elr/regularizer",
+        build=lambda: elr_regularizer,
+        inputs=lambda g: (randn(g, 4, 3).softmax(1), 0.7 * randn(g, 4, 3).softmax(1)),
+    ),
+    Sample(
+        name="elr/loss",
+        build=_elr_with_memory,
+        inputs=lambda g: (randn(g, 4, 3), ELR_LABELS, ELR_INDEX),
+        differentiable=(),
+        reason=MOVING_TARGET,
+    ),
+    Sample(
+        name="elr/loss_in_evaluation_mode",
+        build=lambda: _elr_with_memory().eval(),
+        inputs=lambda g: (randn(g, 4, 3), ELR_LABELS, ELR_INDEX),
+    ),
+    Sample(
+        name="elr/loss_of_top_k",
+        build=lambda: ELRLoss(7, 5, memory=SampleBank(7, 5, storage=TopKRows(2))),
+        inputs=lambda g: (randn(g, 4, 5), ELR_LABELS, ELR_INDEX),
+        differentiable=(),
+        atol=1e-3,
+        reason="the target jumps where the order of two probabilities changes, and is rounded",
+    ),
+    Sample(
+        name="elr/plus",
+        build=lambda: partial(
+            _elr_plus, ELRPlusLoss(7, 3, ramp_steps=50, refine_labels=True, memory=_bank(3)), ELR_INDEX, ELR_MIX
+        ),
+        inputs=lambda g: (randn(g, 4, 3), randn(g, 4, 3), randn(g, 4, 3)),
+        differentiable=(0, 2),
+    ),
+    Sample(
+        name="elr/two_networks",
+        build=_elr_plus_pair,
+        inputs=lambda g: (randn(g, 4, 5),),
+        differentiable=(),
+        reason=MOVING_TARGET,
+    ),
+    Sample(
+        name="elr/soft_cross_entropy",
+        build=lambda: soft_cross_entropy,
+        inputs=lambda g: (randn(g, 4, 3, 2), randn(g, 4, 3, 2).softmax(1)),
+        differentiable=(0, 1),
+    ),
+)
+
+SAMPLES = FUNCTIONAL + GATES + MEMORY + NEIGHBORS + ORTHOGONAL_CONV + ELR

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 from typing import Any
 
 import hypothesis
@@ -292,6 +293,15 @@ def test_bad_input_is_refused(
 def test_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match=r"backend must be one of .*, got 'ball_tree'"):
         Neighbors(torch.ones(2, 2), "ball_tree")
+
+
+@pytest.mark.parametrize(
+    ("backend", "module", "package"), [("kdtree", "scipy.spatial", "scipy"), ("faiss", "faiss", "faiss-cpu")]
+)
+def test_a_missing_library_is_named(backend: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModuleNotFoundError, match=f"backend '{backend}' needs .*: pip install {package}"):
+        Neighbors(torch.ones(2, 2), backend)
 
 
 @pytest.mark.gpu

@@ -55,4 +55,67 @@ class Method:
         return f"poise.{self.package}.experiments.{self.slug.replace('-', '_')}"
 
 
-METHODS: tuple[Method, ...] = ()
+METHODS: tuple[Method, ...] = (
+    Method(
+        slug="elr",
+        package="core",
+        title="Early-learning regularization (ELR, ELR+)",
+        kind="loss",
+        problem="Train a classifier when many training labels are wrong.",
+        summary=(
+            "A running average of the model's own predictions for each example remembers what it knew before it began to memorise, "
+            "and a term that pulls it there cancels the gradient of wrong labels."
+        ),
+        formula=(
+            r"L = \frac1B \sum_i CE(z_i, y_i) + \lambda \frac1B \sum_i \log(1 - \langle p_i, t_i \rangle), \qquad "
+            r"t_i \leftarrow \beta t_i + (1 - \beta) p_i"
+        ),
+        usage="""
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from poise.core import ELRLoss, IndexedDataset, detect_label_errors
+
+x, y = torch.randn(200, 8), torch.randint(3, (200,))
+model = torch.nn.Linear(8, 3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+criterion = ELRLoss(num_examples=len(x), num_classes=3, lam=3.0, beta=0.7)
+
+for inputs, labels, index in DataLoader(IndexedDataset(TensorDataset(x, y)), batch_size=50, shuffle=True):
+    loss = criterion(model(inputs), labels, index)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+suspect, corrected = detect_label_errors(criterion.memory, y)
+""",
+        api=(
+            "poise.core.ELRLoss",
+            "poise.core.elr_regularizer",
+            "poise.core.detect_label_errors",
+            "poise.core.ELRPlusTrainer",
+            "poise.core.ELRPlusLoss",
+            "poise.core.WeightAverage",
+            "poise.core.sigmoid_rampup",
+            "poise.core.symmetric_noise",
+            "poise.core.asymmetric_noise",
+            "poise.core.IndexedDataset",
+        ),
+        presets=("quick", "paper", "cifar10-asymmetric", "cifar100"),
+        arms=("baseline", "dropout", "target_loss", "elr", "elr_plus"),
+        paper=(
+            "S. Liu, J. Niles-Weed, N. Razavian, C. Fernandez-Granda, Early-Learning Regularization Prevents Memorization of Noisy "
+            "Labels, NeurIPS 2020"
+        ),
+        url="https://arxiv.org/abs/2007.00151",
+        bibtex=r"""
+@inproceedings{liu2020early,
+  title     = {Early-Learning Regularization Prevents Memorization of Noisy Labels},
+  author    = {Liu, Sheng and Niles-Weed, Jonathan and Razavian, Narges and Fernandez-Granda, Carlos},
+  booktitle = {Advances in Neural Information Processing Systems},
+  volume    = {33},
+  year      = {2020},
+}
+""",
+        tags=("noisy labels", "memorization", "label errors", "mixup", "weight averaging", "classification"),
+    ),
+)
