@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Batch = tuple[Float[Tensor, "batch channels height width"], Int[Tensor, "batch"]]
 
 
+@runtime_checkable
 class Images(Protocol):
     """Labelled images that are read by number."""
 
