@@ -6,18 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from poise.core import functional, gates
-from poise.core.labels.elr import ELRLoss, elr_regularizer
-from poise.core.labels.elr_plus import ELRPlusLoss, ELRPlusTrainer
-from poise.core.labels.mixing import Mix
-from poise.core.labels.soft_targets import soft_cross_entropy
 from poise.core.memory.ema import EMA
 from poise.core.memory.features import FeatureBank
 from poise.core.memory.samples import SampleBank
-from poise.core.memory.storage import DenseRows, TopKRows
+from poise.core.memory.storage import TopKRows
 from poise.core.neighbors.search import nearest
 from poise.core.testing import Sample, randn
-from poise.core.weights.conv_spectrum import conv_singular_values, orth_residuals
-from poise.core.weights.orthogonal_conv import OrthogonalRegularizer, conv_orth_loss, kernel_orth_loss
 
 ALL_MASKED = "a distribution without entries raises, which takes the values of the mask"
 DISCRETE = "the forward pass is a step function; the gradient is that of the identity by definition"
@@ -283,125 +277,4 @@ class OwningRegularizer(OrthogonalRegularizer):
         self.model = model
 
 
-ORTHOGONAL_CONV = (
-    Sample(
-        name="orthogonal_conv/rows",
-        build=lambda: conv_orth_loss,
-        inputs=lambda g: (0.4 * randn(g, 4, 3, 3, 3),),
-    ),
-    Sample(
-        name="orthogonal_conv/columns",
-        build=lambda: partial(conv_orth_loss, stride=2, groups=2),
-        inputs=lambda g: (0.4 * randn(g, 20, 2, 3, 3),),
-    ),
-    Sample(
-        name="orthogonal_conv/volumes",
-        build=lambda: partial(conv_orth_loss, stride=(1, 2, 1), dilation=(2, 1, 1), squared=False),
-        inputs=lambda g: (0.4 * randn(g, 4, 2, 2, 3, 1),),
-    ),
-    Sample(name="orthogonal_conv/kernel", build=lambda: kernel_orth_loss, inputs=lambda g: (randn(g, 6, 2, 3),)),
-    Sample(
-        name="orthogonal_conv/spectrum",
-        build=lambda: partial(conv_singular_values, input_size=(6, 4), stride=2),
-        inputs=lambda g: (randn(g, 5, 2, 3, 3),),
-    ),
-    Sample(
-        name="orthogonal_conv/residuals",
-        build=lambda: partial(orth_residuals, input_size=5),
-        inputs=lambda g: (randn(g, 4, 2, 3, 3),),
-    ),
-    Sample(
-        name="orthogonal_conv/regularizer",
-        build=lambda: OwningRegularizer(
-            nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 6, 3, groups=3, stride=2)).double()
-        ),
-        inputs=lambda g: (),
-        differentiable=(),
-        parameters=True,
-    ),
-)
-
-ELR_INDEX = torch.tensor([5, 0, 2, 6])
-ELR_LABELS = torch.tensor([0, 2, 1, 1])
-ELR_MIX = Mix(torch.tensor([2, 0, 3, 1]), 0.7)
-MOVING_TARGET = "no gradient is to flow through the target, which the prediction or the input has moved before"
-
-
-def _bank(*shape: int) -> SampleBank:
-    return SampleBank(7, shape, storage=DenseRows(torch.float64))
-
-
-def _elr_with_memory() -> ELRLoss:
-    loss = ELRLoss(7, 3, memory=_bank(3))
-    loss.memory.write(torch.arange(7), 0.8 * torch.randn(7, 3).softmax(1))
-    return loss
-
-
-def _elr_plus(
-    loss: ELRPlusLoss, index: Tensor, mix: Mix, logits: Tensor, teacher: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor]:
-    target = loss.update_targets(index, teacher, mix)
-    return target, loss(logits, mix(labels.softmax(1)), target, step=20)
-
-
-def _elr_plus_pair() -> partial[Tensor]:
-    trainer = ELRPlusTrainer(
-        lambda: nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), 7, 3, make_memory=partial(_bank, 3)
-    ).double()
-    return partial(_elr_plus_loss, trainer, ELR_MIX, ELR_LABELS, ELR_INDEX)
-
-
-def _elr_plus_loss(trainer: ELRPlusTrainer, mix: Mix, labels: Tensor, index: Tensor, x: Tensor) -> Tensor:
-    return trainer.loss(0, x, labels, index, mix)
-
-
-ELR = (
-    Sample(
-        name="elr/regularizer",
-        build=lambda: elr_regularizer,
-        inputs=lambda g: (randn(g, 4, 3).softmax(1), 0.7 * randn(g, 4, 3).softmax(1)),
-    ),
-    Sample(
-        name="elr/loss",
-        build=_elr_with_memory,
-        inputs=lambda g: (randn(g, 4, 3), ELR_LABELS, ELR_INDEX),
-        differentiable=(),
-        reason=MOVING_TARGET,
-    ),
-    Sample(
-        name="elr/loss_in_evaluation_mode",
-        build=lambda: _elr_with_memory().eval(),
-        inputs=lambda g: (randn(g, 4, 3), ELR_LABELS, ELR_INDEX),
-    ),
-    Sample(
-        name="elr/loss_of_top_k",
-        build=lambda: ELRLoss(7, 5, memory=SampleBank(7, 5, storage=TopKRows(2))),
-        inputs=lambda g: (randn(g, 4, 5), ELR_LABELS, ELR_INDEX),
-        differentiable=(),
-        atol=1e-3,
-        reason="the target jumps where the order of two probabilities changes, and is rounded",
-    ),
-    Sample(
-        name="elr/plus",
-        build=lambda: partial(
-            _elr_plus, ELRPlusLoss(7, 3, ramp_steps=50, refine_labels=True, memory=_bank(3)), ELR_INDEX, ELR_MIX
-        ),
-        inputs=lambda g: (randn(g, 4, 3), randn(g, 4, 3), randn(g, 4, 3)),
-        differentiable=(0, 2),
-    ),
-    Sample(
-        name="elr/two_networks",
-        build=_elr_plus_pair,
-        inputs=lambda g: (randn(g, 4, 5),),
-        differentiable=(),
-        reason=MOVING_TARGET,
-    ),
-    Sample(
-        name="elr/soft_cross_entropy",
-        build=lambda: soft_cross_entropy,
-        inputs=lambda g: (randn(g, 4, 3, 2), randn(g, 4, 3, 2).softmax(1)),
-        differentiable=(0, 1),
-    ),
-)
-
-SAMPLES = FUNCTIONAL + GATES + MEMORY + NEIGHBORS + ORTHOGONAL_CONV + ELR
+SAMPLES = FUNCTIONAL + GATES + MEMORY + NEIGHBORS

@@ -1,1 +1,0 @@
-"""Regularizers that act on weights alone: reparametrisations, orthogonality, spectra of layers."""
