@@ -110,7 +110,10 @@ class Run:
         chosen = pick_device(self._device)
         if self.world == 1 and chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        return Accelerator(cpu=chosen.type == "cpu", log_with=list(self._trackers) or None, project_dir=self.dir)
+        random_state = checkpoint.capture_rng(self.generator)
+        accelerator = Accelerator(cpu=chosen.type == "cpu", log_with=list(self._trackers) or None, project_dir=self.dir)
+        checkpoint.restore_rng(random_state, self.generator)  # a resumed run makes it at another step
+        return accelerator
 
     @cached_property
     def device(self) -> torch.device:
@@ -294,7 +297,9 @@ class Run:
         if not self._started_trackers:
             self._started_trackers = True
             shutil.rmtree(self.dir / "tensorboard", ignore_errors=True)
+            random_state = checkpoint.capture_rng(self.generator)
             self.accelerator.init_trackers("tensorboard")
+            checkpoint.restore_rng(random_state, self.generator)  # a resumed run starts its trackers at another step
             lines = read(self._log.path)
         for known in lines:
             values = {

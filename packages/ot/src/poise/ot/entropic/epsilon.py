@@ -58,9 +58,10 @@ class RelativeEpsilon:
             raise ValueError(f"an epsilon relative to {self.cost} needs the points, not a cost matrix")
         M = widen(M)
         a, b = _shares(a, M[..., 0]), _shares(b, M[..., 0, :])
-        return self._scaled(
-            lambda transform: torch.linalg.vecdot(a, torch.linalg.vecdot(transform(M), b.unsqueeze(-2)))
-        )
+        with full_precision(M):
+            return self._scaled(
+                lambda transform: torch.linalg.vecdot(a, torch.linalg.vecdot(transform(M), b.unsqueeze(-2)))
+            )
 
     @torch.no_grad()
     def of_points(
