@@ -247,7 +247,9 @@ class Run:
         new = self._log.write(line)
         self._progress.show(values)
         if new and self.is_main and self._trackers:
+            random_state = checkpoint.capture_rng(self.generator)
             self._track(line)
+            checkpoint.restore_rng(random_state, self.generator)  # trackers must not change what a run computes
 
     def figure(self, name: str, figure: "Figure") -> None:
         """Keep a matplotlib figure as ``figures/<name>.png``."""
@@ -297,9 +299,7 @@ class Run:
         if not self._started_trackers:
             self._started_trackers = True
             shutil.rmtree(self.dir / "tensorboard", ignore_errors=True)
-            random_state = checkpoint.capture_rng(self.generator)
             self.accelerator.init_trackers("tensorboard")
-            checkpoint.restore_rng(random_state, self.generator)  # a resumed run starts its trackers at another step
             lines = read(self._log.path)
         for known in lines:
             values = {
