@@ -268,13 +268,4 @@ NEIGHBORS = (
     ),
 )
 
-
-class OwningRegularizer(OrthogonalRegularizer):
-    """Registers its model, which a regularizer otherwise leaves to its owner, so that the contract finds the weights."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.model = model
-
-
 SAMPLES = FUNCTIONAL + GATES + MEMORY + NEIGHBORS
