@@ -53,7 +53,7 @@ def full_solve(size: int, k: int, peer_steps: int) -> dict[str, Any]:
     """A whole solve. Ours runs to the optimum, POT's until its steps are used up; agreement compares the values."""
     a, b, cost = problem(size, size)
     arrays = [each[0].numpy() for each in (a, b, cost)]
-    reg = SparsityConstrained(k, GAMMA / size)
+    reg = SparsityConstrained(k, GAMMA)
 
     def theirs() -> float:
         _, log = smooth_ot_semi_dual(
@@ -83,7 +83,7 @@ def batched(count: int = 64, size: int = 128) -> dict[str, Any]:
     """Many problems at once against a loop."""
     a, b, cost = problem(size, size, count)
     arrays = [each.numpy() for each in (a, b, cost)]
-    reg = SparsityConstrained(4, GAMMA / size)
+    reg = SparsityConstrained(4, GAMMA)
 
     def theirs() -> float:
         values = []

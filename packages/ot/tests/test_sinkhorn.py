@@ -1,5 +1,6 @@
 """Sinkhorn's algorithm: agreement with POT, exact optimal transport and autograd; honesty about convergence; the divergence."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from poise.ot import (
     sinkhorn_points,
 )
 from poise.ot.entropic import fixed_point, streaming
+from poise.ot.entropic.kernels import StabilizedKernel
 
 GOLDEN = Path(__file__).parent / "golden" / "monge-gap"
 METHODS: list[Literal["log", "absorption"]] = ["log", "absorption"]
@@ -161,19 +163,31 @@ def test_over_relaxation_and_annealing_save_iterations(monkeypatch: pytest.Monke
     assert fast.n_iter < plain.n_iter / 3
 
 
-def test_overflow_falls_back_to_the_log_domain() -> None:
-    """At this reg single precision overflows in the exponential domain, where the forced method gives up and says so."""
-    x, y = normal(64, 32).float(), (0.8 * normal(64, 32, seed=1) + 0.5).float()
-    M = torch.cdist(x, y).square()
-    init = (torch.zeros(64), torch.zeros(64))  # no annealing
-    solve = partial(sinkhorn, None, None, M, RelativeEpsilon(1e-3), init=init)
-    with pytest.warns(ConvergenceWarning, match="inf"):
-        forced = solve(method="absorption")
+def test_overflow_falls_back_to_the_log_domain(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, M = problem()
+    exact = sinkhorn(a, b, M, 0.1, method="log").value
+    rows, calls = StabilizedKernel.rows, itertools.count()
+
+    def overflowing(kernel: StabilizedKernel, psi: Tensor) -> Tensor:
+        """Infinite from some iteration on, as when an exponential leaves the range of the dtype."""
+        return rows(kernel, psi) + (math.inf if next(calls) > 20 else 0.0)
+
+    monkeypatch.setattr(StabilizedKernel, "rows", overflowing)
+    torch.testing.assert_close(sinkhorn(a, b, M, 0.1).value, exact, rtol=1e-4, atol=1e-4)
+    with pytest.warns(ConvergenceWarning, match="marginal error of inf"):
+        forced = sinkhorn(a, b, M, 0.1, method="absorption")
     assert not forced.converged
     assert torch.isfinite(forced.value)
-    rescued, log = solve(method="auto"), solve(method="log")
-    assert rescued.converged
-    torch.testing.assert_close(rescued.value, log.value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("relative", [1e-3, 1e-5])
+def test_small_epsilon_in_single_precision(relative: float) -> None:
+    x, y = normal(64, 32).float(), (0.8 * normal(64, 32, seed=1) + 0.5).float()
+    M = torch.cdist(x, y).square()
+    exact = float(ot.emd2(np.full(64, 1 / 64), np.full(64, 1 / 64), M.double().numpy()))
+    result = sinkhorn(None, None, M, RelativeEpsilon(relative), max_iter=5000)
+    assert result.converged
+    assert result.value.item() == pytest.approx(exact, abs=2 * result.reg.item() * math.log(64) + 1e-3)
 
 
 # Equal results along different ways
@@ -338,7 +352,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("cost", [SqEuclidean(), PNormP(1.5)], ids=repr)
 def test_streaming_never_holds_more_than_a_tile(cost: SqEuclidean | PNormP, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "TILE", 2**11)
-    monkeypatch.setattr(streaming, "SAMPLE", 32)
+    monkeypatch.setattr(fixed_point, "SAMPLE", 32)
     x, y = normal(300, 3).float(), normal(250, 3, seed=1).float().requires_grad_()
     with LargestTensor() as largest:
         result = sinkhorn_points(x, y, 1.0, cost, method="streaming", tol=1e-2)
@@ -353,7 +367,7 @@ def test_large_clouds_are_streamed_without_being_asked(monkeypatch: pytest.Monke
     monkeypatch.setattr("poise.ot.entropic.points.STREAM_ABOVE", 5000)
     with LargestTensor() as largest:
         monkeypatch.setattr(streaming, "TILE", 2**10)
-        monkeypatch.setattr(streaming, "SAMPLE", 16)
+        monkeypatch.setattr(fixed_point, "SAMPLE", 16)
         sinkhorn_points(x, y, 1.0)
     assert largest.entries < 5000
 

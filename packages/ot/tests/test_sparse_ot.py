@@ -215,6 +215,30 @@ def test_convergence_is_reported_honestly():
     assert not solve_semi_dual(a, b, cost, SquaredL2(0.5), solver="adam", max_iter=3).converged
 
 
+@pytest.mark.parametrize("reg", REGULARIZERS, ids=str)
+def test_the_gap_bounds_the_distance_to_the_optimum_and_closes(reg):
+    problem = make(16)
+    solved = solve_semi_dual(*problem, reg)
+    assert -1e-12 <= float(solved.gap) < 1e-7
+    early = solve_semi_dual(*problem, reg, solver="adam", max_iter=10)
+    assert 0 < float(solved.value) - float(early.value) <= float(early.gap) + 1e-12
+
+
+def test_the_relaxed_value_is_the_cheapest_way_to_share_k_places():
+    """gamma/2 min sum t^2 / theta over theta in [0, 1] with sum k, by bisection on the multiplier."""
+    generator = torch.Generator().manual_seed(3)
+    plan = torch.rand(9, 40, generator=generator, dtype=torch.float64) * (torch.rand(9, 40, generator=generator) > 0.4)
+    for k in (1, 2, 5):
+        low, high = torch.zeros(40, dtype=torch.float64), plan.sum(0) + 1
+        for _ in range(100):
+            middle = (low + high) / 2
+            over = (plan / middle).clamp_max(1).sum(0) > k
+            low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+        share = (plan / high).clamp_max(1)
+        expected = 0.7 / 2 * torch.where(plan > 0, plan.square() / share, 0.0).sum(0)
+        torch.testing.assert_close(SparsityConstrained(k, 0.7).relaxed_value(plan), expected, atol=1e-9, rtol=1e-9)
+
+
 @pytest.mark.parametrize("solver", ["auto", "lbfgs", "subgradient"])
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_recovered_plans_have_both_marginals(k, solver):

@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from poise.ot import SparseOTRouter
+from poise.ot import NegEntropy, SparseOTRouter, SparsityConstrained, solve_semi_dual, sparse_simplex_projection
+from poise.ot.sparse.router import row_potential
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 10.0])
-@pytest.mark.parametrize("entropic", [False, True])
-def test_no_expert_is_overfull(factor, entropic):
+@pytest.mark.parametrize("method", ["sparse", "sinkhorn", "lbfgs"])
+@pytest.mark.parametrize("choose", ["tokens", "experts"])
+def test_no_expert_is_overfull(factor, method, choose):
     torch.manual_seed(0)
-    router = SparseOTRouter(8, 6, capacity_factor=factor, entropic=entropic)
+    router = SparseOTRouter(8, 6, choose=choose, selected=2, capacity_factor=factor, method=method)
     tokens = 5 * torch.randn(3, 50, 8)
     dispatch, combine, metrics = router(tokens)
     assert int(dispatch.sum(1).max()) <= router.capacity(50)
@@ -30,6 +32,32 @@ def test_tokens_can_choose_experts():
     assert int(dispatch.sum(-1).max()) <= 2
 
 
+def test_first_choices_go_first_and_then_the_queue_decides():
+    torch.manual_seed(0)
+    router = SparseOTRouter(8, 2, choose="experts", selected=2, capacity_factor=0.5)
+    plan = torch.tensor([[[0.9, 0.1]] * 5 + [[0.6, 0.4]] * 3]).flip(
+        1
+    )  # all prefer the first expert; the surest stand last
+    assert router.capacity(8) == 4
+    assert router._within_capacity(plan)[0, :, 0].nonzero()[:, 0].tolist() == [0, 1, 2, 3]
+    router.first_come = False
+    assert router._within_capacity(plan)[0, :, 0].nonzero()[:, 0].tolist() == [3, 4, 5, 6]
+
+
+def test_capacity_counts_every_choice_of_a_token():
+    assert SparseOTRouter(8, 8, choose="experts", selected=2).capacity(64) == 16
+
+
+@pytest.mark.parametrize("method", ["sinkhorn", "lbfgs"])
+def test_entropic_routers_use_the_optimal_plan(method):
+    torch.manual_seed(0)
+    scores = torch.randn(3, 20, 5, dtype=torch.float64)
+    router = SparseOTRouter(8, 5, capacity_factor=100.0, method=method, steps=200)
+    plan = router.plan(scores)
+    a, b = torch.ones(3, 20, dtype=torch.float64), torch.full((3, 5), 4.0, dtype=torch.float64)
+    torch.testing.assert_close(plan, solve_semi_dual(a, b, -scores, NegEntropy(1.0)).plan, atol=0.02, rtol=0)
+
+
 def test_gates_carry_the_gradient_and_the_plan_does_not():
     torch.manual_seed(0)
     router = SparseOTRouter(8, 4)
@@ -41,18 +69,36 @@ def test_gates_carry_the_gradient_and_the_plan_does_not():
     assert router.score.weight.grad.abs().sum() > 0
 
 
-def test_the_plan_can_weigh_the_answers():
+@pytest.mark.parametrize("method", ["sparse", "sinkhorn", "lbfgs"])
+def test_the_plan_can_weigh_the_answers_and_then_carries_the_gradient(method):
     torch.manual_seed(0)
-    router = SparseOTRouter(8, 4, combine="plan")
+    router = SparseOTRouter(8, 4, combine="plan", method=method, capacity_factor=4.0)
     dispatch, combine, _ = router(torch.randn(2, 16, 8))
     torch.testing.assert_close(combine.sum(1), torch.full((2, 4), 4.0))
     assert torch.equal(combine > 0, dispatch)
+    combine.square().sum().backward()
+    assert router.score.weight.grad.abs().sum() > 0
+
+
+def test_the_gradient_of_the_plan_is_that_of_the_read_out():
+    torch.manual_seed(0)
+    router = SparseOTRouter(8, 3).double()
+    scores = torch.randn(1, 12, 3, dtype=torch.float64).softmax(-1).requires_grad_()
+    potential = row_potential(scores.detach(), 4.0, SparsityConstrained(4, 1.0), "sparse", 20, 1e-2)
+
+    def read_out(scores):
+        return 4.0 * sparse_simplex_projection((scores + potential[..., None]) / 4.0, 4, dim=-2)
+
+    weight = torch.randn(1, 12, 3, dtype=torch.float64)
+    (ours,) = torch.autograd.grad((router.plan(scores) * weight).sum(), scores)
+    (expected,) = torch.autograd.grad((read_out(scores) * weight).sum(), scores)
+    torch.testing.assert_close(ours, expected)
 
 
 def test_noise_is_for_training_and_comes_from_its_generator():
     torch.manual_seed(0)
     tokens = torch.randn(1, 32, 8)
-    router = SparseOTRouter(8, 4, entropic=True, noise=5.0, generator=torch.Generator().manual_seed(0))
+    router = SparseOTRouter(8, 4, method="lbfgs", noise=5.0, generator=torch.Generator().manual_seed(0))
     noisy = router(tokens).dispatch
     assert not torch.equal(noisy, router(tokens).dispatch)
     router.generator.manual_seed(0)
@@ -77,6 +123,9 @@ def test_half_precision_tokens_are_routed_in_float32():
         ({"experts": 0}, "width and experts"),
         ({"choose": "both"}, "choose must be"),
         ({"combine": "sum"}, "combine must be"),
+        ({"method": "greedy"}, "method must be"),
+        ({"gamma": 0.0}, "gamma must be positive"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"capacity_factor": 0.0}, "capacity_factor must be positive"),
         ({"selected": 5}, "selected must lie in 1..4"),
         ({"steps": 0}, "steps must be at least 1"),

@@ -23,12 +23,14 @@ from torch import Tensor
 
 from poise.ot.entropic.kernels import Kernel
 
-CHECK_EVERY = 10
-"""Iterations between two looks at the error; each look waits for the device."""
+LOOKS, LOOK_EVERY = (1, 5), 10
+"""Iterations of one ε at which the error is looked at, and then every so many; each look waits for the device."""
 ANNEALING_STEP = 4.0
 """Ratio of successive ε; anything from 2 to 10 takes about the same time."""
 ANNEALING_SPREAD = 0.3
 """Annealing starts at this share of the standard deviation of the cost, from where plain iterations find their way."""
+SAMPLE = 256
+"""Rows and columns from which that standard deviation is estimated."""
 STAGE_TOL, STAGE_ITERATIONS = 0.1, 10
 """An intermediate ε is left at this error, or after so many iterations."""
 RELAX_BELOW = 0.3
@@ -45,6 +47,17 @@ class FixedPoint:
     psi: Tensor
     error: Tensor
     iterations: int
+
+
+def stride(size: int) -> int:
+    """The step that leaves at most ``SAMPLE`` of ``size`` points."""
+    return -(-size // SAMPLE)
+
+
+def cost_spread(cost: Tensor, epsilon: Tensor) -> float:
+    """The standard deviation of the cost in units of ε, the largest of the batch, estimated from some rows and columns."""
+    few = cost[..., :: stride(cost.shape[-2]), :: stride(cost.shape[-1])]
+    return float((few.std((-2, -1), correction=0) / epsilon).max())
 
 
 def annealing_factors(spread: float) -> list[float]:
@@ -89,7 +102,8 @@ def solve(
         while True:
             stage.iterate()
             iterations += 1
-            if not (stage.iterations == 1 or stage.iterations % CHECK_EVERY == 0 or iterations >= max_iter):
+            exhausted = iterations >= max_iter
+            if not (stage.iterations in LOOKS or stage.iterations % LOOK_EVERY == 0 or exhausted):
                 continue
             worst, strain = stage.look()
             if not math.isfinite(worst):
@@ -99,8 +113,7 @@ def solve(
                 kernel, fallback = fallback(), None
                 stage = make_stage(kernel, epsilon * factor, a, *stage.sound)
                 continue
-            exhausted = iterations >= max_iter
-            if final and (worst <= tol or exhausted) and (stage.finish() <= tol or exhausted):
+            if final and (worst <= tol or exhausted) and (stage.finish(worst) <= tol or exhausted):
                 break
             if not final and (worst <= STAGE_TOL or stage.iterations >= STAGE_ITERATIONS or exhausted):
                 break
@@ -120,7 +133,7 @@ class _Stage:
         self._kernel, self._epsilon, self._a = kernel, epsilon, a
         self._mass = a.sum(-1)
         self._omega: Tensor | None = None
-        self._previous: Tensor | None = None
+        self._previous: tuple[Tensor, int] | None = None
         self.iterations = 0
         self._begin(phi, psi)
 
@@ -146,11 +159,12 @@ class _Stage:
         worst, strain = torch.stack([self.error.max(), self._kernel.strain(self._phi, self._psi)]).cpu()
         return float(worst), float(strain)
 
-    def finish(self) -> float:
+    def finish(self, worst: float) -> float:
         """Make the columns exact, which over-relaxation leaves open, and look again."""
-        if self._omega is not None:
-            self._psi = self._kernel.columns(self._phi)
-            self._update = self._kernel.rows(self._psi)
+        if self._omega is None:
+            return worst
+        self._psi = self._kernel.columns(self._phi)
+        self._update = self._kernel.rows(self._psi)
         return self.look()[0]
 
     def recentre(self) -> None:
@@ -162,13 +176,14 @@ class _Stage:
         """Choose the step length from the decrease of the error since the last look."""
         omega = torch.ones_like(self.error) if self._omega is None else self._omega.squeeze(-1)
         if self._previous is not None:
-            rho = (self.error / self._previous) ** (1 / CHECK_EVERY)
+            error, iteration = self._previous
+            rho = (self.error / error) ** (1 / (self.iterations - iteration))
             rate = (rho + omega - 1) ** 2 / (rho * omega**2)
             best = 2 / (1 + (1 - rate).clamp_min(0).sqrt())
             linear = (self.error < RELAX_BELOW) & (rho < 1) & (rho > omega - 1) & (rate < 1)
             omega = torch.where(linear, torch.maximum(omega, best), torch.where(rho > 1.05, (1 + omega) / 2, omega))
             self._omega = omega.clamp_max(OMEGA_MAX).unsqueeze(-1)
-        self._previous = self.error
+        self._previous = self.error, self.iterations
 
     def total(self) -> tuple[Tensor, Tensor]:
         return self._kernel.total(self._phi, self._psi)

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from poise.ot.arrays import Array, as_tensors, check_histograms, full_precision, widen
 from poise.ot.entropic.epsilon import RelativeEpsilon
-from poise.ot.entropic.fixed_point import annealing_factors, solve
+from poise.ot.entropic.fixed_point import annealing_factors, cost_spread, solve
 from poise.ot.entropic.kernels import LOG2_E, LogKernel, StabilizedKernel
 from poise.ot.entropic.result import (
     Potentials,
@@ -147,7 +147,7 @@ def solve_matrix(
 
     with torch.no_grad(), full_precision(cost):
         # a warm start and the symmetric iteration need no annealing
-        spread = 0.0 if symmetric or init else float((cost.std((-2, -1), correction=0) / epsilon).max())
+        spread = 0.0 if symmetric or init else cost_spread(cost, epsilon)
         found = solve(
             log_kernel() if method == "log" else StabilizedKernel(cost, source, target),
             epsilon,

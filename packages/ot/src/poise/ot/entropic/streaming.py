@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from poise.ot.arrays import full_precision, widen
 from poise.ot.costs.cost import Cost
 from poise.ot.entropic.epsilon import RelativeEpsilon
-from poise.ot.entropic.fixed_point import annealing_factors, solve
+from poise.ot.entropic.fixed_point import annealing_factors, cost_spread, solve, stride
 from poise.ot.entropic.kernels import LOG2_E, log_sum_
 from poise.ot.entropic.result import (
     Potentials,
@@ -39,8 +39,6 @@ from poise.ot.entropic.sinkhorn import plan
 
 TILE = 1 << 20
 """Costs held at a time: a few megabytes, which stay in the cache."""
-SAMPLE = 512
-"""Points per side from which the spread of the cost is estimated for the annealing schedule."""
 
 
 @torch.compiler.disable
@@ -88,12 +86,14 @@ def streaming_sinkhorn(
         reg = reg.of_points(points, others, cost, source, target)
     epsilon = regularization(reg, points[..., 0, 0])
     with torch.no_grad(), full_precision(points):
+        few = (cloud[..., :: stride(cloud.shape[-2]), :] for cloud in (points, others))
+        spread = 0.0 if symmetric or init else cost_spread(cost.pairwise(*few), epsilon)
         found = solve(
             _StreamingKernel(points, others, cost, source, target),
             epsilon,
             source,
             *starting_potentials(init, source, target, epsilon),
-            factors=[1.0] if symmetric or init else annealing_factors(_spread(points, others, cost, epsilon)),
+            factors=annealing_factors(spread),
             tol=tol,
             max_iter=max_iter,
             symmetric=symmetric,
@@ -143,11 +143,6 @@ class _StreamingKernel:
 def _blocks(points: Tensor, others: Tensor) -> tuple[Tensor, ...]:
     """``points`` in parts such that a part and all ``others`` have at most ``TILE`` pairs."""
     return points.split(max(1, TILE // others[..., 0].numel()), -2)
-
-
-def _spread(x: Tensor, y: Tensor, cost: Cost, epsilon: Tensor) -> float:
-    few_x, few_y = (points[..., :: -(-points.shape[-2] // SAMPLE), :] for points in (x, y))
-    return float((cost.pairwise(few_x, few_y).std((-2, -1), correction=0) / epsilon).max())
 
 
 class _PointEnvelope(torch.autograd.Function):

@@ -73,7 +73,7 @@ class Study(ABC):
     tail_steps: int = 0
     warm_steps: int = 0
     batch: int = 128
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-3
     widths: tuple[int, ...] = (64, 64)
     strength: float = 1.0
     strong_strength: float = 5.0
@@ -82,7 +82,7 @@ class Study(ABC):
     contexts_per_step: int = 1
     dual_steps: int = 1_000
     dual_inner_steps: int = 5
-    dual_learning_rate: float = 1e-3
+    dual_learning_rate: float = 3e-3
     dual_widths: tuple[int, ...] = (64, 64)
     dual_sharpness: float = 1.0
     test_samples: int = 1_000

@@ -78,7 +78,6 @@ def color_transfer(
     # every source colour is a column, so that the cap is on where it may go
     result = sparsity_constrained_ot(two.weights, one.weights, cost.mT, k, gamma)
     plan = recover_plan(result)
-    assert isinstance(plan, Tensor)
     moved = (plan.mT @ two.colors) / plan.sum(0)[:, None]
     nearest = nearest_color(source, one.colors)
     pixels = source + (moved - one.colors)[nearest] if keep_detail else moved[nearest]

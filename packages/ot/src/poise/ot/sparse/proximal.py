@@ -28,8 +28,8 @@ from poise.ot.sparse.regularizers import Entries
 from poise.ot.sparse.smoothing import SmoothedDual, widen
 
 STIFFNESS = 1.0  # gamma rho of the first step
-LOOSENESS = 500.0  # of the first step where gamma is weak: rho in units of mass per entry and spread of costs
-FIRST_ERROR, NEXT_ERROR = 0.05, 0.1  # missing mass after the first step, and what each step leaves of it
+LOOSENESS = 30.0  # of the first step where gamma is weak: rho in units of mass per entry and spread of costs
+FIRST_ERROR, NEXT_ERROR = 0.1, 0.1  # missing mass after the first step, and what each step leaves of it
 # rho grows by GROWTH after a step of FAST iterations, by its root up to SLOW, and then stays
 GROWTH, FAST, SLOW = 3.0, 15, 35
 INNER = 40  # Newton iterations of one step at most
@@ -138,12 +138,11 @@ def _first_rho(
 
 def _where(choose: Bool[Tensor, " batch"], one: Entries, other: Entries) -> Entries:
     """``one`` for the problems chosen, else ``other``; the narrower is padded with zeros."""
-    width = max(one.values.shape[-1], other.values.shape[-1])
-    chosen = choose[:, None, None]
     assert one.index is not None
     assert other.index is not None
-    values, index = (
-        torch.where(chosen, *(widen(each, width) for each in pair))
-        for pair in ((one.values, other.values), (one.index, other.index))
-    )
-    return Entries(values, index, one.size)
+    width = max(one.values.shape[-1], other.values.shape[-1])
+
+    def merge(new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(choose[:, None, None], widen(new, width), widen(old, width))
+
+    return Entries(merge(one.values, other.values), merge(one.index, other.index), one.size)

@@ -1,15 +1,17 @@
 """A plan with both marginals from the potentials of a capped problem."""
 
+from typing import cast
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from poise.ot.arrays import Array, as_tensors, like
 from poise.ot.sparse.regularizers import NegEntropy, SparsityConstrained
-from poise.ot.sparse.sparse_ot import ROW_TOL, OTResult, swapped
+from poise.ot.sparse.sparse_ot import ROW_TOL, A, OTResult, swapped
 
 
-def recover_plan(result: OTResult, slack: float | None = None) -> Array:
+def recover_plan(result: OTResult[A], slack: float | None = None) -> A:
     r"""A plan that has both marginals, as near to the optimum of the relaxation as the potentials are.
 
     A capped plan follows one entry of several that tie, and so misses row sums. The optimum of the relaxation splits mass among the
@@ -37,7 +39,7 @@ def recover_plan(result: OTResult, slack: float | None = None) -> Array:
     if slack is not None and not slack >= 0:
         raise ValueError(f"slack must not be negative, got {slack}")
     if result.by_row:
-        return recover_plan(swapped(result), slack).swapaxes(-1, -2)
+        return cast(A, recover_plan(swapped(result), slack).swapaxes(-1, -2))
     plan, alpha, beta, a, b, cost = as_tensors(result.plan, result.alpha, result.beta, result.a, result.b, result.M)
     single = cost.ndim == 2
     if single:
@@ -53,7 +55,8 @@ def recover_plan(result: OTResult, slack: float | None = None) -> Array:
         recovered = torch.stack(
             [_least_squares(*problem) for problem in zip(plan, alpha, beta, a, b, cost, tie, strict=True)]
         )
-    return like(recovered.squeeze(0) if single else recovered, result.plan)
+    recovered = recovered.squeeze(0) if single else recovered
+    return cast(A, recovered if isinstance(result.plan, Tensor) else like(recovered, result.plan))
 
 
 def _tensor(plan: Array, single: bool) -> Tensor:

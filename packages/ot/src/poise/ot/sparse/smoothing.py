@@ -81,8 +81,11 @@ class Piece:
     def where(self, choose: Bool[Tensor, " batch"], other: "Piece") -> "Piece":
         """Itself for the problems chosen, else ``other``; the narrower one is padded with entries that take no part."""
         width = max(self.index.shape[-1], other.index.shape[-1])
-        pairs = ((self.index, other.index), (self.whole, other.whole), (self.tied, other.tied))
-        return Piece(*(torch.where(choose[:, None, None], *(widen(each, width) for each in pair)) for pair in pairs))
+
+        def merge(one: Tensor, two: Tensor) -> Tensor:
+            return torch.where(choose[:, None, None], widen(one, width), widen(two, width))
+
+        return Piece(merge(self.index, other.index), merge(self.whole, other.whole), merge(self.tied, other.tied))
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,7 @@ class SmoothedDual:
         costs = self.cost[self.place[rows]]
         v = alpha[:, None, :] - costs
         if self.center is not None:
+            assert self.center.index is not None
             place, pull = self.center.index[rows], self.center.values[rows] / self.rho[rows][:, None, None]
             v.scatter_add_(-1, place, pull)
         largest, index = v.topk(kept, dim=-1)

@@ -29,7 +29,7 @@ place: the capped plan read off there keeps the cap and, from S, the column sums
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -44,6 +44,7 @@ from poise.ot.sparse.projection import wide
 from poise.ot.sparse.proximal import proximal_point
 from poise.ot.sparse.regularizers import ColumnRegularizer, NegEntropy, SparsityConstrained
 
+A = TypeVar("A", bound=Array)
 Solver = Literal["auto", "proximal", "lbfgs", "adam", "subgradient"] | str
 Form = Literal["semi_dual", "dual"] | str
 
@@ -51,9 +52,9 @@ ROW_TOL = 1e-3
 """Share of the mass by which rows may be off in a plan that counts as a solution."""
 
 
-@dataclass(frozen=True)
-class OTResult:
-    """What a solver found.
+@dataclass(frozen=True, eq=False)
+class OTResult(Generic[A]):
+    """What a solver found; NumPy arrays if it was given NumPy arrays.
 
     Attributes:
         plan: the plan (m, n) or (B, m, n) that the potentials give; it keeps the cap.
@@ -62,6 +63,8 @@ class OTResult:
         value: the dual value, a lower bound of the objective of every plan; differentiable in ``a``, ``b`` and ``M``.
         row_error: L1 norm of what is missing in the rows of ``plan``.
         col_error: the same of the columns; 0 up to rounding for the semi-dual.
+        gap: what the relaxed objective of a plan with both marginals exceeds ``value`` by: no value, and no such plan, can be further
+            from the optimum. It tells whether the problem is solved where the cap leaves the rows of ``plan`` wrong.
         n_iter: iterations.
         converged: whether the solver met its tolerance and ``plan`` has both marginals to a thousandth of the mass.
         relaxed: the plan of the convex relaxation, with both marginals; ``None`` from a solver that has none.
@@ -72,32 +75,33 @@ class OTResult:
         by_row: whether rows and columns have changed places.
     """
 
-    plan: Array
-    alpha: Array
-    beta: Array
-    value: Array
-    row_error: Array
-    col_error: Array
-    n_iter: Array
-    converged: Array
-    relaxed: Array | None
-    a: Array
-    b: Array
-    M: Array
+    plan: A
+    alpha: A
+    beta: A
+    value: A
+    row_error: A
+    col_error: A
+    gap: A
+    n_iter: A
+    converged: A
+    relaxed: A | None
+    a: A
+    b: A
+    M: A
     reg: ColumnRegularizer
     by_row: bool = False
 
 
 def solve_semi_dual(
-    a: Array,
-    b: Array,
-    M: Array,
+    a: A,
+    b: A,
+    M: A,
     reg: ColumnRegularizer,
     solver: Solver = "auto",
     tol: float | None = None,
     max_iter: int = 3_000,
     learning_rate: float = 1e-2,
-) -> OTResult:
+) -> OTResult[A]:
     r"""Maximise :math:`S(\alpha)` and read the plan off it: its column sums are exact.
 
     Args:
@@ -127,15 +131,15 @@ def solve_semi_dual(
 
 
 def solve_dual(
-    a: Array,
-    b: Array,
-    M: Array,
+    a: A,
+    b: A,
+    M: A,
     reg: ColumnRegularizer,
     solver: Solver = "auto",
     tol: float | None = None,
     max_iter: int = 3_000,
     learning_rate: float = 1e-2,
-) -> OTResult:
+) -> OTResult[A]:
     r"""Maximise :math:`D(\alpha, \beta)` and read the plan off it; rows and columns are approximate alike.
 
     Arguments, result and errors are those of :func:`solve_semi_dual`.
@@ -147,9 +151,9 @@ def solve_dual(
 
 
 def sparsity_constrained_ot(
-    a: Array,
-    b: Array,
-    M: Array,
+    a: A,
+    b: A,
+    M: A,
     k: int,
     gamma: float = 1.0,
     axis: Literal["col", "row"] | str = "col",
@@ -157,7 +161,7 @@ def sparsity_constrained_ot(
     solver: Solver = "auto",
     tol: float | None = None,
     max_iter: int = 3_000,
-) -> OTResult:
+) -> OTResult[A]:
     """Transport with at most ``k`` nonzeros in every column, or in every row.
 
     Args:
@@ -191,24 +195,28 @@ def sparsity_constrained_ot(
     if axis == "col":
         return solve(a, b, M, reg, solver, tol, max_iter)
     as_tensors(a, b, M)  # before it is transposed, so that errors speak of what was given
-    return swapped(solve(b, a, M.swapaxes(-1, -2), reg, solver, tol, max_iter))
+    return swapped(solve(b, a, _transposed(M), reg, solver, tol, max_iter))
 
 
-def swapped(result: OTResult) -> OTResult:
+def swapped(result: OTResult[A]) -> OTResult[A]:
     """The same result with rows and columns exchanged."""
     return replace(
         result,
-        plan=result.plan.swapaxes(-1, -2),
+        plan=_transposed(result.plan),
         alpha=result.beta,
         beta=result.alpha,
         row_error=result.col_error,
         col_error=result.row_error,
-        relaxed=None if result.relaxed is None else result.relaxed.swapaxes(-1, -2),
+        relaxed=None if result.relaxed is None else _transposed(result.relaxed),
         a=result.b,
         b=result.a,
-        M=result.M.swapaxes(-1, -2),
+        M=_transposed(result.M),
         by_row=not result.by_row,
     )
+
+
+def _transposed(matrix: A) -> A:
+    return cast(A, matrix.swapaxes(-1, -2))
 
 
 @dataclass(frozen=True)
@@ -223,16 +231,16 @@ class _Found:
 
 
 def _solve(
-    a: Array,
-    b: Array,
-    M: Array,
+    a: A,
+    b: A,
+    M: A,
     reg: ColumnRegularizer,
     solver: Solver,
     form: Form,
     tol: float | None,
     max_iter: int,
     learning_rate: float,
-) -> OTResult:
+) -> OTResult[A]:
     source, target, cost = as_tensors(a, b, M)
     check_histograms(source, target, cost, positive=True)
     if not isinstance(reg, ColumnRegularizer):
@@ -254,10 +262,14 @@ def _solve(
         row_error = (plan.sum(-1) - rows).abs().sum(-1)
         col_error = (plan.sum(-2) - columns).abs().sum(-1)
         feasible = (row_error + col_error) <= ROW_TOL * rows.sum(-1)
-    value = _Envelope.apply(*given, value, found.alpha, beta, plan if found.relaxed is None else found.relaxed)
+        transport = plan if found.relaxed is None else found.relaxed
+        rounded = rounded_plan(transport, rows, columns)
+        gap = (rounded * costs).sum((-2, -1)) + reg.relaxed_value(rounded).sum(-1) - value
+    value = _Envelope.apply(*given, value, found.alpha, beta, transport)
 
-    def out(tensor: Tensor) -> Array:
-        return like(tensor if batched else tensor.squeeze(0), M)
+    def out(tensor: Tensor) -> A:
+        tensor = tensor if batched else tensor.squeeze(0)
+        return cast(A, tensor if isinstance(M, Tensor) else like(tensor, M))
 
     return OTResult(
         plan=out(plan),
@@ -266,6 +278,7 @@ def _solve(
         value=out(value),
         row_error=out(row_error),
         col_error=out(col_error),
+        gap=out(gap),
         n_iter=out(found.n_iter),
         converged=out(found.converged & feasible),
         relaxed=None if found.relaxed is None else out(found.relaxed),
@@ -329,6 +342,17 @@ def _read_off(
     entries = objective.entries(found.alpha)
     beta = column_potentials(entries, found.alpha, by_column, reg)
     return capped_plan(entries), beta, -objective(found.alpha)[0]
+
+
+def rounded_plan(
+    plan: Float[Tensor, "batch m n"], a: Float[Tensor, "batch m"], b: Float[Tensor, "batch n"]
+) -> Float[Tensor, "batch m n"]:
+    """A plan with exactly these marginals, as near to ``plan`` as its marginals are (Altschuler et al., NeurIPS 2017, algorithm 2)."""
+    tiny = torch.finfo(plan.dtype).tiny
+    plan = plan * (a / plan.sum(-1).clamp_min(tiny)).clamp_max(1)[..., None]
+    plan = plan * (b / plan.sum(-2).clamp_min(tiny)).clamp_max(1)[..., None, :]
+    rows, columns = (a - plan.sum(-1)).clamp_min(0), (b - plan.sum(-2)).clamp_min(0)
+    return plan + rows[..., None] * columns[..., None, :] / rows.sum(-1)[..., None, None].clamp_min(tiny)
 
 
 class _Envelope(torch.autograd.Function):
