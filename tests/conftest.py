@@ -53,6 +53,10 @@ class Outcome:
     out: str
     err: str
 
+    @classmethod
+    def of(cls, process: "subprocess.CompletedProcess[str]") -> "Outcome":
+        return cls(process.returncode, process.stdout, process.stderr)
+
     def json(self) -> Any:
         """The one JSON value on stdout; anything else there is a mistake."""
         assert self.code in (0, 1), self.err
@@ -114,6 +118,17 @@ def mounted(tmp_path: Path, toy: str) -> Callable[..., Outcome]:
             [*namespace, "sh", "-c", script, "sh", *program], cwd=tmp_path, capture_output=True, text=True
         )
         assert kept.is_dir(), done.stderr
-        return Outcome(done.returncode, done.stdout, done.stderr)
+        return Outcome.of(done)
+
+    return command
+
+
+@pytest.fixture
+def apart(tmp_path: Path, toy: str) -> Callable[..., Outcome]:
+    """``poise run`` of the toy method in a process of its own, where no type checker draws from Python's random numbers."""
+
+    def command(*arguments: str) -> Outcome:
+        program = [sys.executable, "-m", "poise.core.lab.cli", "run", toy, "--tracker", "none", *arguments]
+        return Outcome.of(subprocess.run(program, cwd=tmp_path, capture_output=True, text=True))
 
     return command
