@@ -73,7 +73,7 @@ class Study(ABC):
     tail_steps: int = 0
     warm_steps: int = 0
     batch: int = 128
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     widths: tuple[int, ...] = (64, 64)
     strength: float = 1.0
     strong_strength: float = 5.0

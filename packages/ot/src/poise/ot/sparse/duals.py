@@ -1,15 +1,17 @@
 """The two dual problems as functions to minimise, one row of variables per problem; values and gradients in one pass."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from poise.ot.sparse.regularizers import ColumnRegularizer, Entries
+from poise.ot.sparse.candidates import LargestEntries, tiles
+from poise.ot.sparse.regularizers import ColumnRegularizer, Entries, SparsityConstrained
 
 
-@dataclass(frozen=True)
+@dataclass
 class SemiDual:
     """The negated semi-dual of a batch of problems as a function of ``alpha``; its gradient is the surplus of the rows.
 
@@ -18,27 +20,39 @@ class SemiDual:
         b: column masses.
         cost: costs, one column per row.
         reg: the regularizer.
+        largest: where a cap looks for the largest entries; made from the rest.
     """
 
     a: Float[Tensor, "batch m"]
     b: Float[Tensor, "batch n"]
     cost: Float[Tensor, "batch n m"]
     reg: ColumnRegularizer
+    largest: LargestEntries | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.largest = self.largest or _largest(self.cost, self.reg)
 
     def __call__(self, alpha: Float[Tensor, "batch m"]) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch m"]]:
-        value, y = self.reg.max_entries(alpha[:, None, :] - self.cost, self.b)
+        value, y = self._best(alpha)
         surplus = y.scaled(self.b).row_sums() - self.a
         return (value * self.b).sum(-1) - (alpha * self.a).sum(-1), surplus
 
     def entries(self, alpha: Float[Tensor, "batch m"]) -> Entries:
         """The plan of ``alpha``; its column sums are exact."""
-        return self.reg.max_entries(alpha[:, None, :] - self.cost, self.b)[1].scaled(self.b)
+        return self._best(alpha)[1].scaled(self.b)
 
     def select(self, keep: Int[Tensor, " kept"]) -> "SemiDual":
-        return SemiDual(self.a[keep], self.b[keep], self.cost[keep], self.reg)
+        return SemiDual(*_kept(self, keep))
+
+    def _best(self, alpha: Float[Tensor, "batch m"]) -> tuple[Float[Tensor, "batch n"], Entries]:
+        if self.largest is not None and isinstance(self.reg, SparsityConstrained):
+            return self.reg.max_of_largest(*self.largest(alpha), self.cost.shape[-1], self.b)
+        return _joined(
+            self.reg.max_entries(alpha[:, None, :] - self.cost[:, tile], self.b[:, tile]) for tile in tiles(self.cost)
+        )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Dual:
     """The negated dual of a batch of problems as a function of ``[alpha, beta]``; its gradient is the surplus of both.
 
@@ -47,28 +61,58 @@ class Dual:
         b: column masses.
         cost: costs, one column per row.
         reg: the regularizer.
+        largest: where a cap looks for the largest entries; made from the rest.
     """
 
     a: Float[Tensor, "batch m"]
     b: Float[Tensor, "batch n"]
     cost: Float[Tensor, "batch n m"]
     reg: ColumnRegularizer
+    largest: LargestEntries | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.largest = self.largest or _largest(self.cost, self.reg)
 
     def __call__(self, p: Float[Tensor, "batch d"]) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d"]]:
-        value, plan = self.reg.conjugate_entries(self._slack(p))
+        value, plan = self._best(p)
         surplus = torch.cat([plan.row_sums() - self.a, plan.column_sums() - self.b], dim=-1)
         return value.sum(-1) - (p * torch.cat([self.a, self.b], dim=-1)).sum(-1), surplus
 
     def entries(self, p: Float[Tensor, "batch d"]) -> Entries:
         """The plan of ``[alpha, beta]``."""
-        return self.reg.conjugate_entries(self._slack(p))[1]
+        return self._best(p)[1]
 
     def select(self, keep: Int[Tensor, " kept"]) -> "Dual":
-        return Dual(self.a[keep], self.b[keep], self.cost[keep], self.reg)
+        return Dual(*_kept(self, keep))
 
-    def _slack(self, p: Float[Tensor, "batch d"]) -> Float[Tensor, "batch n m"]:
+    def _best(self, p: Float[Tensor, "batch d"]) -> tuple[Float[Tensor, "batch n"], Entries]:
         alpha, beta = p.split([self.a.shape[-1], self.b.shape[-1]], dim=-1)
-        return alpha[:, None, :] + beta[:, :, None] - self.cost
+        if self.largest is not None and isinstance(self.reg, SparsityConstrained):
+            values, index = self.largest(alpha)  # which they are does not depend on beta
+            return self.reg.conjugate_of_largest(values + beta[..., None], index, self.cost.shape[-1])
+        return _joined(
+            self.reg.conjugate_entries(alpha[:, None, :] + beta[:, tile, None] - self.cost[:, tile])
+            for tile in tiles(self.cost)
+        )
+
+
+def _largest(cost: Float[Tensor, "batch n m"], reg: ColumnRegularizer) -> LargestEntries | None:
+    return LargestEntries(cost, reg.k) if isinstance(reg, SparsityConstrained) else None
+
+
+def _kept(
+    dual: SemiDual | Dual, keep: Int[Tensor, " kept"]
+) -> tuple[Tensor, Tensor, Tensor, ColumnRegularizer, LargestEntries | None]:
+    """The parts of the problems at the places ``keep``."""
+    largest = None if dual.largest is None else dual.largest.select(keep)
+    cost = dual.cost[keep] if largest is None else largest.cost
+    return dual.a[keep], dual.b[keep], cost, dual.reg, largest
+
+
+def _joined(parts: Iterator[tuple[Tensor, Entries]]) -> tuple[Float[Tensor, "batch n"], Entries]:
+    """The answers for groups of columns as one; those with fewer entries are padded with zeros."""
+    values, entries = zip(*parts, strict=True)
+    return torch.cat(values, dim=-1), Entries.joined(entries)
 
 
 def capped_plan(entries: Entries) -> Float[Tensor, "batch m n"]:

@@ -58,13 +58,19 @@ def project_largest(
 ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
     """:func:`sparse_simplex_projection` along the last dimension, as the k largest entries in falling order and where they are."""
     largest, index = v.topk(min(k, v.shape[-1]), dim=-1)
+    return project_sorted(largest, z), index
+
+
+def project_sorted(
+    largest: Float[Tensor, "*batch k"], z: float | Float[Tensor, "*batch 1"] = 1.0
+) -> Float[Tensor, "*batch k"]:
+    """The projection on the simplex of vectors whose entries are in falling order."""
     excess = largest.cumsum(-1) - z
-    count = torch.arange(1, largest.shape[-1] + 1, dtype=v.dtype, device=v.device)
-    support = (
-        (largest * count > excess).sum(-1, keepdim=True).clamp_min(1)
-    )  # Duchi et al.: the last count for which this holds
+    count = torch.arange(1, largest.shape[-1] + 1, dtype=largest.dtype, device=largest.device)
+    # Duchi et al.: the last count for which this holds
+    support = (largest * count > excess).sum(-1, keepdim=True).clamp_min(1)
     threshold = excess.gather(-1, support - 1) / support
-    return (largest - threshold).clamp_min(0), index
+    return (largest - threshold).clamp_min(0)
 
 
 def check_cardinality(k: int) -> None:

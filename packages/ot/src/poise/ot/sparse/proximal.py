@@ -24,8 +24,8 @@ from torch import Tensor
 
 from poise.ot.sparse.lbfgs import lbfgs
 from poise.ot.sparse.newton import newton
-from poise.ot.sparse.regularizers import Entries
-from poise.ot.sparse.smoothing import SmoothedDual, widen
+from poise.ot.sparse.regularizers import Entries, widen
+from poise.ot.sparse.smoothing import SmoothedDual
 
 STIFFNESS = 1.0  # gamma rho of the first step
 LOOSENESS = 30.0  # of the first step where gamma is weak: rho in units of mass per entry and spread of costs

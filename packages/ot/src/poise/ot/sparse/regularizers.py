@@ -22,13 +22,14 @@ gradient, which is the maximiser:
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
 
-from poise.ot.sparse.projection import check_cardinality, project_largest, wide
+from poise.ot.sparse.projection import check_cardinality, project_sorted, wide
 
 SUPPORT = 64
 """Entries of a column looked at first when it is projected on the whole simplex; all of them only if that many are positive."""
@@ -47,6 +48,16 @@ class Entries:
     values: Float[Tensor, "*batch n s"]
     index: Int[Tensor, "*batch n s"] | None
     size: int
+
+    @staticmethod
+    def joined(parts: Sequence["Entries"]) -> "Entries":
+        """Groups of columns, one after the other; of one kind, and padded with zeros to the widest."""
+        if len(parts) == 1:
+            return parts[0]
+        width = max(part.values.shape[-1] for part in parts)
+        values = torch.cat([widen(part.values, width) for part in parts], dim=-2)
+        places = [widen(part.index, width) for part in parts if part.index is not None]
+        return Entries(values, torch.cat(places, dim=-2) if places else None, parts[0].size)
 
     def column_sums(self) -> Float[Tensor, "*batch n"]:
         return self.values.sum(-1)
@@ -177,9 +188,9 @@ class SquaredL2(ColumnRegularizer):
         self, x: Float[Tensor, "*batch n m"], b: Float[Tensor, "*batch n"]
     ) -> tuple[Float[Tensor, "*batch n"], Entries]:
         size = x.shape[-1]
-        value, entries = _projected(x, b, self.gamma, SUPPORT)
+        value, entries = _projected(*x.topk(min(SUPPORT, size), dim=-1), size, b, self.gamma)
         if size > SUPPORT and bool((entries.values[..., -1] > 0).any()):
-            value, entries = _projected(x, b, self.gamma, size)
+            value, entries = _projected(*x.sort(dim=-1, descending=True), size, b, self.gamma)
         return value, entries
 
     def derivative(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -226,23 +237,47 @@ class SparsityConstrained(ColumnRegularizer):
         return self.gamma / 2 * shared.amin(-1)
 
     def conjugate_entries(self, x: Float[Tensor, "*batch n m"]) -> tuple[Float[Tensor, "*batch n"], Entries]:
-        largest, index = x.topk(min(self.k, x.shape[-1]), dim=-1)
-        t = largest.clamp_min(0) / self.gamma
-        return self.gamma / 2 * t.square().sum(-1), Entries(t, index, x.shape[-1])
+        return self.conjugate_of_largest(*x.topk(min(self.k, x.shape[-1]), dim=-1), x.shape[-1])
 
     def max_entries(
         self, x: Float[Tensor, "*batch n m"], b: Float[Tensor, "*batch n"]
     ) -> tuple[Float[Tensor, "*batch n"], Entries]:
-        return _projected(x, b, self.gamma, self.k)
+        return self.max_of_largest(*x.topk(min(self.k, x.shape[-1]), dim=-1), x.shape[-1], b)
+
+    def conjugate_of_largest(
+        self, largest: Float[Tensor, "*batch n k"], index: Int[Tensor, "*batch n k"], size: int
+    ) -> tuple[Float[Tensor, "*batch n"], Entries]:
+        """:meth:`conjugate_entries` for columns of ``size`` entries of which the k largest are known."""
+        t = largest.clamp_min(0) / self.gamma
+        return self.gamma / 2 * t.square().sum(-1), Entries(t, index, size)
+
+    def max_of_largest(
+        self,
+        largest: Float[Tensor, "*batch n k"],
+        index: Int[Tensor, "*batch n k"],
+        size: int,
+        b: Float[Tensor, "*batch n"],
+    ) -> tuple[Float[Tensor, "*batch n"], Entries]:
+        """:meth:`max_entries` for columns of ``size`` entries of which the k largest are known, in falling order."""
+        return _projected(largest, index, size, b, self.gamma)
 
     def derivative(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return self.gamma * t
 
 
 def _projected(
-    x: Float[Tensor, "*batch n m"], b: Float[Tensor, "*batch n"], gamma: float, k: int
+    largest: Float[Tensor, "*batch n k"],
+    index: Int[Tensor, "*batch n k"],
+    size: int,
+    b: Float[Tensor, "*batch n"],
+    gamma: float,
 ) -> tuple[Float[Tensor, "*batch n"], Entries]:
     scale = (gamma * b)[..., None]
-    y, index = project_largest(x / scale, k)  # the argument is x / (gamma b); the plan's column will be b y
-    inner = (y * x.gather(-1, index)).sum(-1)
-    return inner - scale[..., 0] / 2 * y.square().sum(-1), Entries(y, index, x.shape[-1])
+    y = project_sorted(largest / scale)  # the argument is x / (gamma b); the plan's column will be b y
+    inner = (y * largest).sum(-1)
+    return inner - scale[..., 0] / 2 * y.square().sum(-1), Entries(y, index, size)
+
+
+def widen(entries: Shaped[Tensor, "*batch c"], width: int) -> Shaped[Tensor, "*batch w"]:
+    """``entries`` padded with zeros to ``width``."""
+    return nn.functional.pad(entries, (0, width - entries.shape[-1]))

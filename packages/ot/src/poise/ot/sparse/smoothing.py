@@ -19,11 +19,10 @@ moved by more than the margin seen in that scan; :class:`SmoothedDual` scans a p
 from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
-from poise.ot.sparse.regularizers import Entries
+from poise.ot.sparse.regularizers import Entries, widen
 
 CANDIDATES = 16
 """Entries per column kept by a scan, at least; three times the cap if that is more."""
@@ -254,11 +253,6 @@ class SmoothedDual:
         tied = (v > level) & ~whole
         plan = torch.where(tied, rho * (v - level), torch.where(whole, free, 0.0))
         return Columns(scan.index, scan.cost, x, v, level, whole, tied, plan)
-
-
-def widen(entries: Shaped[Tensor, "*batch c"], width: int) -> Shaped[Tensor, "*batch w"]:
-    """``entries`` padded with zeros to ``width``."""
-    return pad(entries, (0, width - entries.shape[-1]))
 
 
 def place_level(
