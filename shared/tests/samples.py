@@ -6,12 +6,27 @@ import torch
 from torch import Tensor, nn
 
 from poise.core import functional, gates
+from poise.core.dynamics.grokking_stability.diagnostics import nlm_cosine, softmax_collapse_fraction, zero_loss_fraction
+from poise.core.dynamics.grokking_stability.perp_grad import perp_grad_
+from poise.core.dynamics.grokking_stability.stablemax import (
+    StableMaxCrossEntropy,
+    log_stablemax,
+    stablemax,
+    stablemax_cross_entropy,
+)
+from poise.core.labels.elr import ELRLoss, elr_regularizer
+from poise.core.labels.elr_plus import ELRPlusLoss, ELRPlusTrainer
+from poise.core.labels.mixing import Mix
+from poise.core.labels.ps_kd import PSKDLoss, ps_kd_loss
+from poise.core.labels.soft_targets import soft_cross_entropy
 from poise.core.memory.ema import EMA
 from poise.core.memory.features import FeatureBank
 from poise.core.memory.samples import SampleBank
-from poise.core.memory.storage import TopKRows
+from poise.core.memory.storage import DenseRows, TopKRows
 from poise.core.neighbors.search import nearest
 from poise.core.testing import Sample, randn
+from poise.core.weights.conv_spectrum import conv_singular_values, orth_residuals
+from poise.core.weights.orthogonal_conv import OrthogonalRegularizer, conv_orth_loss, kernel_orth_loss
 
 ALL_MASKED = "a distribution without entries raises, which takes the values of the mask"
 DISCRETE = "the forward pass is a step function; the gradient is that of the identity by definition"
@@ -268,4 +283,233 @@ NEIGHBORS = (
     ),
 )
 
-SAMPLES = FUNCTIONAL + GATES + MEMORY + NEIGHBORS
+
+class OwningRegularizer(OrthogonalRegularizer):
+    """Registers its model, which a regularizer otherwise leaves to its owner, so that the contract finds the weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.model = model
+
+
+ORTHOGONAL_CONV = (
+    Sample(
+        name="orthogonal_conv/rows",
+        build=lambda: conv_orth_loss,
+        inputs=lambda g: (0.4 * randn(g, 4, 3, 3, 3),),
+    ),
+    Sample(
+        name="orthogonal_conv/columns",
+        build=lambda: partial(conv_orth_loss, stride=2, groups=2),
+        inputs=lambda g: (0.4 * randn(g, 20, 2, 3, 3),),
+    ),
+    Sample(
+        name="orthogonal_conv/volumes",
+        build=lambda: partial(conv_orth_loss, stride=(1, 2, 1), dilation=(2, 1, 1), squared=False),
+        inputs=lambda g: (0.4 * randn(g, 4, 2, 2, 3, 1),),
+    ),
+    Sample(name="orthogonal_conv/kernel", build=lambda: kernel_orth_loss, inputs=lambda g: (randn(g, 6, 2, 3),)),
+    Sample(
+        name="orthogonal_conv/spectrum",
+        build=lambda: partial(conv_singular_values, input_size=(6, 4), stride=2),
+        inputs=lambda g: (randn(g, 5, 2, 3, 3),),
+    ),
+    Sample(
+        name="orthogonal_conv/residuals",
+        build=lambda: partial(orth_residuals, input_size=5),
+        inputs=lambda g: (randn(g, 4, 2, 3, 3),),
+    ),
+    Sample(
+        name="orthogonal_conv/regularizer",
+        build=lambda: OwningRegularizer(
+            nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 6, 3, groups=3, stride=2)).double()
+        ),
+        inputs=lambda g: (),
+        differentiable=(),
+        parameters=True,
+    ),
+)
+
+
+DIAGNOSTIC = "counts what rounding makes equal, which has no gradient"
+CLASSES = torch.tensor([2, 0, 1, 2])
+
+
+def _perpendicular(weights: Tensor, gradients: Tensor, bias: Tensor) -> list[Tensor | None]:
+    params = [weights.detach().clone(), bias.detach().clone(), bias.detach().clone()]
+    params[0].grad, params[1].grad = gradients.detach().clone(), gradients.detach()[0].clone()
+    perp_grad_(params)
+    return [param.grad for param in params[:2]]
+
+
+GROKKING_STABILITY = (
+    Sample(name="grokking_stability/stablemax", build=lambda: stablemax, inputs=lambda g: (3 * randn(g, 4, 3),)),
+    Sample(
+        name="grokking_stability/log_stablemax",
+        build=lambda: partial(log_stablemax, dim=0),
+        inputs=lambda g: (3 * randn(g, 4, 3),),
+    ),
+    Sample(
+        name="grokking_stability/cross_entropy",
+        build=lambda: partial(stablemax_cross_entropy, reduction="none", ignore_index=1),
+        inputs=lambda g: (3 * randn(g, 4, 3), CLASSES),
+    ),
+    Sample(
+        name="grokking_stability/module",
+        build=lambda: StableMaxCrossEntropy(label_smoothing=0.1),
+        inputs=lambda g: (3 * randn(g, 4, 3), CLASSES),
+    ),
+    Sample(
+        name="grokking_stability/perp_grad",
+        build=lambda: _perpendicular,
+        inputs=lambda g: (randn(g, 4, 3), randn(g, 4, 3), randn(g, 3)),
+        differentiable=(),
+        reason="changes gradients, and has none itself",
+    ),
+    Sample(
+        name="grokking_stability/nlm_cosine",
+        build=lambda: lambda w, b, gw, gb: nlm_cosine([w, b], [gw, gb], per_layer=True),
+        inputs=lambda g: (randn(g, 4, 3), randn(g, 3), randn(g, 4, 3), randn(g, 3)),
+        differentiable=(),
+        reason="a diagnostic, without a gradient",
+    ),
+    Sample(
+        name="grokking_stability/softmax_collapse_fraction",
+        build=lambda: softmax_collapse_fraction,
+        inputs=lambda g: (20 * randn(g, 8, 3),),
+        differentiable=(),
+        reason=DIAGNOSTIC,
+    ),
+    Sample(
+        name="grokking_stability/zero_loss_fraction",
+        build=lambda: zero_loss_fraction,
+        inputs=lambda g: (randn(g, 8).relu(),),
+        differentiable=(),
+        reason=DIAGNOSTIC,
+    ),
+)
+
+ELR_INDEX = torch.tensor([5, 0, 2, 6])
+ELR_LABELS = torch.tensor([0, 2, 1, 1])
+ELR_MIX = Mix(torch.tensor([2, 0, 3, 1]), 0.7)
+MOVING_TARGET = "no gradient is to flow through the target, which the prediction or the input has moved before"
+
+
+def _bank(*shape: int) -> SampleBank:
+    return SampleBank(7, shape, storage=DenseRows(torch.float64))
+
+
+def _elr_with_memory() -> ELRLoss:
+    loss = ELRLoss(7, 3, memory=_bank(3))
+    loss.memory.write(torch.arange(7), 0.8 * torch.randn(7, 3).softmax(1))
+    return loss
+
+
+def _elr_plus(
+    loss: ELRPlusLoss, index: Tensor, mix: Mix, logits: Tensor, teacher: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    target = loss.update_targets(index, teacher, mix)
+    return target, loss(logits, mix(labels.softmax(1)), target, step=20)
+
+
+def _elr_plus_pair() -> partial[Tensor]:
+    trainer = ELRPlusTrainer(
+        lambda: nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), 7, 3, make_memory=partial(_bank, 3)
+    ).double()
+    return partial(_elr_plus_loss, trainer, ELR_MIX, ELR_LABELS, ELR_INDEX)
+
+
+def _elr_plus_loss(trainer: ELRPlusTrainer, mix: Mix, labels: Tensor, index: Tensor, x: Tensor) -> Tensor:
+    return trainer.loss(0, x, labels, index, mix)
+
+
+ELR = (
+    Sample(
+        name="elr/regularizer",
+        build=lambda: elr_regularizer,
+        inputs=lambda g: (randn(g, 4, 3).softmax(1), 0.7 * randn(g, 4, 3).softmax(1)),
+    ),
+    Sample(
+        name="elr/loss",
+        build=_elr_with_memory,
+        inputs=lambda g: (randn(g, 4, 3), ELR_LABELS, ELR_INDEX),
+        differentiable=(),
+        reason=MOVING_TARGET,
+    ),
+    Sample(
+        name="elr/loss_in_evaluation_mode",
+        build=lambda: _elr_with_memory().eval(),
+        inputs=lambda g: (randn(g, 4, 3), ELR_LABELS, ELR_INDEX),
+    ),
+    Sample(
+        name="elr/loss_of_top_k",
+        build=lambda: ELRLoss(7, 5, memory=SampleBank(7, 5, storage=TopKRows(2))),
+        inputs=lambda g: (randn(g, 4, 5), ELR_LABELS, ELR_INDEX),
+        differentiable=(),
+        atol=1e-3,
+        reason="the target jumps where the order of two probabilities changes, and is rounded",
+    ),
+    Sample(
+        name="elr/plus",
+        build=lambda: partial(
+            _elr_plus, ELRPlusLoss(7, 3, ramp_steps=50, refine_labels=True, memory=_bank(3)), ELR_INDEX, ELR_MIX
+        ),
+        inputs=lambda g: (randn(g, 4, 3), randn(g, 4, 3), randn(g, 4, 3)),
+        differentiable=(0, 2),
+    ),
+    Sample(
+        name="elr/two_networks",
+        build=_elr_plus_pair,
+        inputs=lambda g: (randn(g, 4, 5),),
+        differentiable=(),
+        reason=MOVING_TARGET,
+    ),
+    Sample(
+        name="elr/soft_cross_entropy",
+        build=lambda: soft_cross_entropy,
+        inputs=lambda g: (randn(g, 4, 3, 2), randn(g, 4, 3, 2).softmax(1)),
+        differentiable=(0, 1),
+    ),
+)
+
+
+def _ps_kd(epoch: int, *shape: int, **options: float) -> PSKDLoss:
+    loss = PSKDLoss(7, shape if len(shape) > 1 else shape[0], 0.8, 4, memory=_bank(*shape), **options)
+    loss.memory.write(torch.arange(6), torch.randn(6, *shape).softmax(1))
+    loss.set_epoch(epoch)
+    return loss
+
+
+def _mixed(loss: PSKDLoss, mix: Mix, logits: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+    return loss(logits, labels, index, mix=mix)
+
+
+PS_KD = (
+    Sample(
+        name="ps_kd/loss",
+        build=lambda: _ps_kd(2, 3, label_smoothing=0.1),
+        inputs=lambda g: (randn(g, 4, 3), ELR_LABELS, ELR_INDEX),
+    ),
+    Sample(
+        name="ps_kd/first_epoch",
+        build=lambda: _ps_kd(0, 3),
+        inputs=lambda g: (randn(g, 4, 3), ELR_LABELS, ELR_INDEX),
+    ),
+    Sample(
+        name="ps_kd/mixed",
+        build=lambda: partial(_mixed, _ps_kd(2, 3), ELR_MIX),
+        inputs=lambda g: (randn(g, 4, 3), ELR_LABELS, ELR_INDEX),
+    ),
+    Sample(
+        name="ps_kd/pixels",
+        build=lambda: _ps_kd(3, 3, 2, 2),
+        inputs=lambda g: (randn(g, 4, 3, 2, 2), torch.arange(16).view(4, 2, 2) % 3, ELR_INDEX),
+    ),
+    Sample(
+        name="ps_kd/tokens",
+        build=lambda: lambda logits, words, past: ps_kd_loss(logits, words, past, 0.4, ignore_index=0, dim=-1),
+        inputs=lambda g: (randn(g, 2, 3, 4), torch.tensor([[1, 3, 0], [2, 0, 0]]), randn(g, 2, 3, 4).softmax(-1)),
+    ),
+)
+
+SAMPLES = FUNCTIONAL + GATES + MEMORY + NEIGHBORS + ORTHOGONAL_CONV + GROKKING_STABILITY + ELR + PS_KD

@@ -55,4 +55,271 @@ class Method:
         return f"poise.{self.package}.experiments.{self.slug.replace('-', '_')}"
 
 
-METHODS: tuple[Method, ...] = ()
+METHODS: tuple[Method, ...] = (
+    Method(
+        slug="elr",
+        package="core",
+        title="Early-learning regularization (ELR, ELR+)",
+        kind="loss",
+        problem="Train a classifier when many training labels are wrong.",
+        summary=(
+            "A running average of the model's own predictions for each example remembers what it knew before it began to memorise, "
+            "and a term that pulls it there cancels the gradient of wrong labels."
+        ),
+        formula=(
+            r"L = \frac1B \sum_i CE(z_i, y_i) + \lambda \frac1B \sum_i \log(1 - \langle p_i, t_i \rangle), \qquad "
+            r"t_i \leftarrow \beta t_i + (1 - \beta) p_i"
+        ),
+        usage="""
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from poise.core import ELRLoss, IndexedDataset, detect_label_errors
+
+x, y = torch.randn(200, 8), torch.randint(3, (200,))
+model = torch.nn.Linear(8, 3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+criterion = ELRLoss(num_examples=len(x), num_classes=3, lam=3.0, beta=0.7)
+
+for inputs, labels, index in DataLoader(IndexedDataset(TensorDataset(x, y)), batch_size=50, shuffle=True):
+    loss = criterion(model(inputs), labels, index)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+suspect, corrected = detect_label_errors(criterion.memory, y)
+""",
+        api=(
+            "poise.core.ELRLoss",
+            "poise.core.elr_regularizer",
+            "poise.core.detect_label_errors",
+            "poise.core.ELRPlusTrainer",
+            "poise.core.ELRPlusLoss",
+            "poise.core.WeightAverage",
+            "poise.core.sigmoid_rampup",
+            "poise.core.symmetric_noise",
+            "poise.core.asymmetric_noise",
+            "poise.core.IndexedDataset",
+        ),
+        presets=("quick", "paper", "cifar10-asymmetric", "cifar100"),
+        arms=("baseline", "dropout", "target_loss", "elr", "elr_plus"),
+        paper=(
+            "S. Liu, J. Niles-Weed, N. Razavian, C. Fernandez-Granda, Early-Learning Regularization Prevents Memorization of Noisy "
+            "Labels, NeurIPS 2020"
+        ),
+        url="https://arxiv.org/abs/2007.00151",
+        bibtex=r"""
+@inproceedings{liu2020early,
+  title     = {Early-Learning Regularization Prevents Memorization of Noisy Labels},
+  author    = {Liu, Sheng and Niles-Weed, Jonathan and Razavian, Narges and Fernandez-Granda, Carlos},
+  booktitle = {Advances in Neural Information Processing Systems},
+  volume    = {33},
+  year      = {2020},
+}
+""",
+        tags=("noisy labels", "memorization", "label errors", "mixup", "weight averaging", "classification"),
+    ),
+    Method(
+        slug="ps-kd",
+        package="core",
+        title="Progressive self-knowledge distillation (PS-KD)",
+        kind="loss",
+        problem="Train a classifier whose confidences can be trusted, at almost no cost.",
+        summary=(
+            "Labels are softened with the model's own predictions of the last epoch, more and more as training goes on, so that "
+            "examples it has become certain of get less gradient."
+        ),
+        formula=(
+            r"\tilde y_t = (1 - \alpha_t)\, y + \alpha_t P_{t-1}(x), \quad \alpha_t = \alpha_T \tfrac{t}{T}, \qquad "
+            r"L = -\frac1B \sum_i \sum_k \tilde y_{ik} \log p_{ik}"
+        ),
+        usage="""
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from poise.core import IndexedDataset, PSKDLoss
+
+x, y = torch.randn(200, 8), torch.randint(3, (200,))
+model = torch.nn.Linear(8, 3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+criterion = PSKDLoss(num_examples=len(x), num_classes=3, alpha_T=0.8, total_epochs=5)
+
+for epoch in range(5):
+    criterion.set_epoch(epoch)
+    for inputs, labels, index in DataLoader(IndexedDataset(TensorDataset(x, y)), batch_size=50, shuffle=True):
+        loss = criterion(model(inputs), labels, index)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+""",
+        api=(
+            "poise.core.PSKDLoss",
+            "poise.core.ps_kd_loss",
+            "poise.core.progressive_alpha",
+            "poise.core.PreviousModelTeacher",
+            "poise.core.PSKDTrainer",
+            "poise.core.PSKDDetector",
+            "poise.core.soft_cross_entropy",
+            "poise.core.expected_calibration_error",
+            "poise.core.negative_log_likelihood",
+            "poise.core.aurc",
+            "poise.core.eaurc",
+        ),
+        presets=("quick", "augmented", "paper", "imagenet"),
+        arms=("baseline", "label_smoothing", "ps_kd", "cutmix", "cutmix_ps_kd"),
+        paper=(
+            "K. Kim, B. Ji, D. Yoon, S. Hwang, Self-Knowledge Distillation with Progressive Refinement of Targets, ICCV 2021"
+        ),
+        url="https://arxiv.org/abs/2006.12000",
+        bibtex=r"""
+@inproceedings{kim2021self,
+  title     = {Self-Knowledge Distillation with Progressive Refinement of Targets},
+  author    = {Kim, Kyungyul and Ji, ByeongMoon and Yoon, Doyoung and Hwang, Sangheum},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision},
+  year      = {2021},
+}
+""",
+        tags=("self-distillation", "soft targets", "calibration", "label smoothing", "hard examples", "classification"),
+    ),
+    Method(
+        slug="orthogonal-conv",
+        package="core",
+        title="Orthogonal convolutions",
+        kind="penalty",
+        problem="Keep the gradients of a convolutional network stable, and bound how much a change of its input can change its output.",
+        summary=(
+            "A penalty on the kernel alone makes the layer, not just the reshaped kernel, an isometry at every input size; "
+            "with it come the conditions under which such a layer exists, and its exact singular values."
+        ),
+        formula=(
+            r"L_{orth}(K) = \lVert \mathrm{conv}(K, K, \text{padding } P, \text{stride } S) - I_{r0} \rVert_F^2 "
+            r"- \max(0, M - C S^2), \qquad P = \lfloor (k - 1) / S \rfloor S"
+        ),
+        usage="""
+import torch
+from torch import nn
+from poise.core import OrthogonalRegularizer, conv_singular_values, orthogonal_obstacle
+
+model = nn.Sequential(
+    nn.Conv2d(3, 16, 3, padding=1, padding_mode="circular"), nn.ReLU(),
+    nn.Conv2d(16, 32, 3, stride=2, padding=1, padding_mode="circular"), nn.ReLU(),
+    nn.Flatten(), nn.Linear(32 * 8 * 8, 10),
+)
+orthogonality = OrthogonalRegularizer(model, weight=0.1)
+optimizer = torch.optim.Adam(model.parameters())
+
+for _ in range(3):
+    x, y = torch.rand(8, 3, 16, 16), torch.randint(10, (8,))
+    loss = nn.functional.cross_entropy(model(x), y) + orthogonality()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+print(orthogonality.report()["2"].loss)
+print(conv_singular_values(model[2].weight, input_size=16, stride=2).max())
+print(orthogonal_obstacle(out_channels=256, in_channels=128, kernel_size=1, stride=2))
+""",
+        api=(
+            "poise.core.OrthogonalRegularizer",
+            "poise.core.conv_orth_loss",
+            "poise.core.kernel_orth_loss",
+            "poise.core.orthogonal_exists",
+            "poise.core.orthogonal_obstacle",
+            "poise.core.orthogonal_conv_init_",
+            "poise.core.conv_singular_values",
+            "poise.core.orth_residuals",
+            "poise.core.conv_as_matrix",
+            "poise.core.ConvGeometry",
+        ),
+        presets=("quick", "paper", "imagenet"),
+        arms=("baseline", "faint", "light", "medium", "strong", "kernel", "landscape"),
+        paper=(
+            "E. M. Achour, F. Malgouyres, F. Mamalet, Existence, Stability and Scalability of Orthogonal Convolutional Neural "
+            "Networks, JMLR 2022"
+        ),
+        url="https://arxiv.org/abs/2108.05623",
+        bibtex=r"""
+@article{achour2022existence,
+  title   = {Existence, Stability and Scalability of Orthogonal Convolutional Neural Networks},
+  author  = {Achour, El Mehdi and Malgouyres, Fran{\c{c}}ois and Mamalet, Franck},
+  journal = {Journal of Machine Learning Research},
+  volume  = {23},
+  number  = {347},
+  pages   = {1--56},
+  year    = {2022},
+}
+""",
+        tags=(
+            "orthogonality",
+            "isometry",
+            "Lipschitz",
+            "robustness",
+            "spectral norm",
+            "singular values",
+            "initialization",
+        ),
+    ),
+    Method(
+        slug="grokking-stability",
+        package="core",
+        title="StableMax and perpGrad",
+        kind="optimizer",
+        problem="training without weight decay stalls at perfect training accuracy",
+        summary=(
+            "removes from each gradient the direction that only scales the weights (perpGrad), replaces the softmax by one that does "
+            "not collapse in rounding (StableMax), and measures both."
+        ),
+        formula=r"g_\perp = g - \frac{w^\top g}{w^\top w}\, w, \qquad g \leftarrow \frac{\|g\|}{\|g_\perp\|}\, g_\perp",
+        usage="""
+import torch
+from poise.core import PerpGrad, nlm_cosine, softmax_collapse_fraction, stablemax_cross_entropy
+
+model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False), torch.nn.ReLU(), torch.nn.Linear(32, 10, bias=False))
+optimizer = PerpGrad(torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0))
+x, y = torch.randn(128, 64), torch.randint(10, (128,))
+
+logits = model(x)
+loss = stablemax_cross_entropy(logits, y)  # or cross_entropy
+loss.backward()
+print(nlm_cosine(model.parameters()), softmax_collapse_fraction(logits))
+optimizer.step()
+""",
+        api=(
+            "poise.core.PerpGrad",
+            "poise.core.perp_grad_",
+            "poise.core.stablemax_cross_entropy",
+            "poise.core.StableMaxCrossEntropy",
+            "poise.core.stablemax",
+            "poise.core.log_stablemax",
+            "poise.core.softmax_collapse_fraction",
+            "poise.core.zero_loss_fraction",
+            "poise.core.nlm_cosine",
+            "poise.core.ModularArithmetic",
+            "poise.core.SparseParity",
+            "poise.core.algorithmic_mlp",
+            "poise.core.OptimizerWrapper",
+        ),
+        presets=("quick", "paper", "precision", "transformer", "parity"),
+        arms=(
+            "baseline",
+            "perp_grad",
+            "perp_grad_unscaled",
+            "stablemax",
+            "softmax_float16",
+            "softmax_float64",
+            "weight_decay",
+            "l1",
+            "small_output",
+            "squared_error",
+        ),
+        paper="L. Prieto, M. Barsbey, P. A. M. Mediano, T. Birdal, Grokking at the Edge of Numerical Stability, ICLR 2025",
+        url="https://arxiv.org/abs/2501.04697",
+        bibtex=r"""
+@inproceedings{prieto2025grokking,
+  title     = {Grokking at the Edge of Numerical Stability},
+  author    = {Prieto, Lucas and Barsbey, Melih and Mediano, Pedro A. M. and Birdal, Tolga},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+}
+""",
+        tags=("grokking", "numerical stability", "softmax", "optimizer", "gradient projection", "training dynamics"),
+    ),
+)

@@ -170,7 +170,7 @@ def _image_files(folder: Path, size: int) -> Folder:
     return Folder(tuple(files), torch.tensor(labels), classes, size)
 
 
-Rows = tuple[UInt8[Tensor, "images 3 32 32"], Int[Tensor, " images"]]
+Rows = tuple[UInt8[Tensor, "_ 3 32 32"], Int[Tensor, "_"]]
 Part = tuple[Rows, Rows, tuple[str, ...]]
 
 
@@ -319,11 +319,19 @@ def training_batches(
     return prefetch(loader, device)
 
 
-def evaluation_batches(images: Images, batch: int, device: torch.device) -> Iterator[Batch]:
-    """All images in order, on the device."""
-    for start in range(0, len(images.labels), batch):
-        rows = range(start, min(start + batch, len(images.labels)))
-        yield images.read(rows).to(device), images.labels[start : rows.stop].to(device)
+def evaluation_batches(images: Images, batch: int, device: torch.device, count: int | None = None) -> Iterator[Batch]:
+    """The images in order, on the device.
+
+    Args:
+        images: what to read.
+        batch: images at a time.
+        device: where they are wanted.
+        count: take only so many, evenly spaced, so that classes which are stored one after the other all have their share.
+    """
+    total = len(images.labels)
+    rows = torch.arange(total) if count is None or count >= total else torch.arange(count) * total // count
+    for part in rows.split(batch):
+        yield images.read(part.tolist()).to(device), images.labels[part].to(device)
 
 
 @lru_cache(maxsize=2)

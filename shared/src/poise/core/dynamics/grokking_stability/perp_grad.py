@@ -70,13 +70,14 @@ def perp_grad_(
 
 
 def _project_(weights: list[Tensor], gradients: list[Tensor], rescale: bool, eps: float, parallel_tol: float) -> None:
-    """Five passes over the gradients; no value leaves the device."""
+    """Four passes over the gradients; no value leaves the device."""
     products = torch.stack([_dot(w, g) for w, g in zip(weights, gradients, strict=True)])
-    weight_norm, norm = torch.stack(torch._foreach_norm(weights + gradients)).chunk(2)
+    weight_norm = torch.stack(torch._foreach_norm(weights))
     share = products / (weight_norm.square() + eps)
     torch._foreach_addcmul_(gradients, weights, list(share.unbind()), value=-1)
 
     perp_norm = torch.stack(torch._foreach_norm(gradients))
+    norm = torch.hypot(perp_norm, share * weight_norm)  # of the gradient before, by Pythagoras
     scale = norm / (perp_norm + eps) if rescale else torch.ones_like(norm)
     # What is left of a parallel gradient is rounding error.
     scale = torch.where(perp_norm <= parallel_tol * norm, 0.0, scale)

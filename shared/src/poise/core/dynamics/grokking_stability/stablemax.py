@@ -60,9 +60,10 @@ def log_s(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         Section 3, the definition of StableMax.
     """
     if torch.compiler.is_compiling():
-        # A compiler fuses the plain formula, and does not trace a Function with a jvp. At x = 0, where the slope is 1, only the
-        # first of the two clamps passes a gradient.
-        return x.clamp_min(0).log1p() - (-x).relu().log1p()
+        # A compiler fuses the plain formula, and does not trace a Function with a jvp. abs() and sign() have no slope at 0.
+        positive = x >= 0
+        size = torch.where(positive, x, -x).log1p()
+        return torch.where(positive, size, -size)
     return _LogS.apply(x)
 
 

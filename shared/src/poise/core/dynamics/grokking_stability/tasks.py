@@ -15,13 +15,11 @@ Power et al., Grokking, 2022, arXiv 2201.02177, and of Barak et al., Hidden Prog
 [16, 16, 26, 26]
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 Operation = Literal["add", "mul", "sub", "div"]
@@ -182,40 +180,3 @@ def _split(inputs: Tensor, labels: Tensor, train_fraction: float, generator: tor
     order = torch.randperm(len(inputs), generator=generator)
     train, test = order[:count], order[count:]
     return Split(inputs[train], labels[train], inputs[test], labels[test])
-
-
-class AlgorithmicMLP(nn.Module):
-    """A ReLU perceptron whose output is multiplied by ``alpha``; see :func:`algorithmic_mlp`."""
-
-    def __init__(self, widths: Sequence[int], *, bias: bool, alpha: float) -> None:
-        super().__init__()
-        self.alpha = alpha
-        self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in pairwise(widths))
-
-    def forward(self, x: Tensor) -> Tensor:
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = layer(x).relu()
-        return self.alpha * last(x)
-
-
-def algorithmic_mlp(
-    inputs: int, outputs: int, hidden: Sequence[int] = (200, 200), *, bias: bool = False, alpha: float = 1.0
-) -> AlgorithmicMLP:
-    """The network of the MLP experiments: two hidden layers of 200 ReLU units.
-
-    Args:
-        inputs: numbers per sample.
-        outputs: classes.
-        hidden: widths of the hidden layers.
-        bias: whether the layers have biases. The paper's have some for sparse parity only: without them the network is
-            homogeneous in its weights.
-        alpha: scale of the output; a small one keeps the network from the lazy regime. Divide the learning rate by its square.
-
-    Raises:
-        ValueError: a width is below 1.
-    """
-    widths = (inputs, *hidden, outputs)
-    if min(widths) < 1:
-        raise ValueError(f"every layer needs at least one unit, got widths {widths}")
-    return AlgorithmicMLP(widths, bias=bias, alpha=alpha)

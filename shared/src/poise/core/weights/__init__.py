@@ -1,0 +1,1 @@
+"""Regularizers that act on weights alone: reparametrisations, orthogonality, spectra of layers."""
