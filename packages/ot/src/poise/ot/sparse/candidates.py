@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-KEPT_PER_PLACE, KEPT = 4, 32
+KEPT_PER_PLACE, KEPT = 3, 24
 """Entries of a column that a scan keeps: so many times k, and at least so many."""
 TILE, LARGE_TILE = 1 << 18, 1 << 27
 """Entries looked at together: on a processor as many as its cache holds, on other devices as many as memory easily does."""
