@@ -57,6 +57,13 @@ def test_all_public_names_together_import_nothing_slow(package: str) -> None:
     assert modules_after(f"from poise.{package} import *") & HEAVY == set()
 
 
+@every_package
+def test_all_public_names_together_do_not_import_the_compiler(package: str) -> None:
+    program = f"import sys; from poise.{package} import *; print('torch._dynamo' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "False"
+
+
 def test_public_names_of_core_parts_import_nothing_slow() -> None:
     parts = sorted(path.parent for path in (ROOT / "shared/src/poise/core").glob("*/__init__.pyi"))
     imports = "\n".join(f"from poise.core.{part.name} import *" for part in parts if part.name != "lab")

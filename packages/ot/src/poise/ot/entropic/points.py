@@ -13,10 +13,10 @@ r"""Entropic optimal transport between point clouds, for a ground cost of your c
 
 from typing import Literal, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from poise.core.eager import eager
 from poise.ot.arrays import as_tensors, check_masses, full_precision, widen
 from poise.ot.costs.cost import Cost
 from poise.ot.costs.norms import SqEuclidean
@@ -55,7 +55,7 @@ class PointSolver(Protocol):
         ...
 
 
-@torch.compiler.disable
+@eager
 def sinkhorn_points(
     x: Float[Tensor, "..."],
     y: Float[Tensor, "..."] | None,

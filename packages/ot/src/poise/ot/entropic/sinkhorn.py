@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from poise.core.eager import eager
 from poise.ot.arrays import Array, as_tensors, check_histograms, full_precision, widen
 from poise.ot.entropic.epsilon import RelativeEpsilon
 from poise.ot.entropic.fixed_point import annealing_factors, cost_spread, solve
@@ -72,7 +73,7 @@ def sinkhorn(
     max_iter: int = 2000,
     init: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> SinkhornResult[np.ndarray]: ...
-@torch.compiler.disable
+@eager
 def sinkhorn(
     a: Array | None,
     b: Array | None,

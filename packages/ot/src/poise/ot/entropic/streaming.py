@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from poise.core.eager import eager
 from poise.ot.arrays import full_precision, widen
 from poise.ot.costs.cost import Cost
 from poise.ot.entropic.epsilon import RelativeEpsilon
@@ -41,7 +42,7 @@ TILE = 1 << 20
 """Costs held at a time: a few megabytes, which stay in the cache."""
 
 
-@torch.compiler.disable
+@eager
 def streaming_sinkhorn(
     x: Float[Tensor, "*B n d"],
     y: Float[Tensor, "*B m d"],

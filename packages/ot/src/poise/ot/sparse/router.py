@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from poise.core.eager import eager
 from poise.ot.sparse.duals import SemiDual
 from poise.ot.sparse.firstorder import adam_point
 from poise.ot.sparse.lbfgs import lbfgs
@@ -204,7 +205,7 @@ class SparseOTRouter(nn.Module):
         return {"max_load": load, "dropped": dropped, "row_error": (plan.sum(-1) - 1).abs().mean()}
 
 
-@torch.compiler.disable  # the unrolled steps make a large graph for no gain
+@eager  # the unrolled steps make a large graph for no gain
 @torch.no_grad()
 def row_potential(
     scores: Float[Tensor, "groups m n"],
