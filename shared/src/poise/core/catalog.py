@@ -184,7 +184,7 @@ for epoch in range(5):
         package="core",
         title="Orthogonal convolutions",
         kind="penalty",
-        problem="Keep the gradients of a convolutional network stable, and bound how much a change of its input can change its output.",
+        problem="Bound how much a change of a convolutional network's input can change its output, and keep its gradients stable.",
         summary=(
             "A penalty on the kernel alone makes the layer, not just the reshaped kernel, an isometry at every input size; "
             "with it come the conditions under which such a layer exists, and its exact singular values."
@@ -262,9 +262,9 @@ print(orthogonal_obstacle(out_channels=256, in_channels=128, kernel_size=1, stri
         package="core",
         title="StableMax and perpGrad",
         kind="optimizer",
-        problem="training without weight decay stalls at perfect training accuracy",
+        problem="Go on learning after the training set is fitted, without weight decay.",
         summary=(
-            "removes from each gradient the direction that only scales the weights (perpGrad), replaces the softmax by one that does "
+            "Removes from each gradient the direction that only scales the weights (perpGrad), replaces the softmax by one that does "
             "not collapse in rounding (StableMax), and measures both."
         ),
         formula=r"g_\perp = g - \frac{w^\top g}{w^\top w}\, w, \qquad g \leftarrow \frac{\|g\|}{\|g_\perp\|}\, g_\perp",

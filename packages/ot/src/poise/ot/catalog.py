@@ -7,7 +7,7 @@ MONGE_GAP = Method(
     package="ot",
     title="Monge gap",
     kind="penalty",
-    problem="learn a transport map between two samples that is optimal for a cost of my choice, with any network",
+    problem="Learn a transport map between two samples that is optimal for a cost of my choice, with any network.",
     summary="Adds to a fitting loss how much more the map costs than the best way to move its inputs to its outputs.",
     formula=r"\min_T \Delta(T_\sharp\mu, \nu) + \lambda \Big[ \tfrac1n \sum_i c(x_i, T(x_i))"
     r" - W_{c,\varepsilon}(\rho_n, T_\sharp\rho_n) \Big]",
@@ -62,7 +62,7 @@ SPARSE_OT = Method(
     package="ot",
     title="Sparsity-constrained optimal transport",
     kind="solver",
-    problem="I need a transport plan in which no column (or row) uses more than k entries, for example experts that take k tokens.",
+    problem="Find a transport plan in which no column (or row) uses more than k entries: experts that take k tokens, say.",
     summary="Quadratically regularised transport with a hard cap on the nonzeros of every column, solved to the optimum in batches.",
     formula=r"\min_{T \ge 0,\ T 1 = a,\ T^\top 1 = b} \langle T, C \rangle + \sum_j \tfrac{\gamma}{2} \|t_j\|^2"
     r" \quad \text{s.t. } \|t_j\|_0 \le k",

@@ -20,7 +20,7 @@ def list_command(options: argparse.Namespace) -> int:
         _print_json([{key: getattr(method, key) for key in keys} for method in methods])
     elif methods:
         _print_table(
-            ("method", "kind", "what it does"), [(method.name, method.kind, method.summary) for method in methods]
+            ("method", "kind", "what it is for"), [(method.name, method.kind, method.problem) for method in methods]
         )
     else:
         print(f"no method in {options.package or 'the installed packages'} yet")
