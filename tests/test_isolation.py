@@ -19,6 +19,8 @@ MEMBERS = {"core": ROOT / "shared"} | {
 
 Install = Callable[..., Path]
 
+pytestmark = pytest.mark.xdist_group("one environment for all members, which takes its time to make")
+
 
 def declared(package: str) -> set[str]:
     """The names of a member's own dependencies, without those that are members."""
