@@ -146,5 +146,5 @@ def router_step(tokens: int = 784, width: int = 192, experts: int = 8) -> dict[s
 def bench() -> dict[str, Any]:
     """All cases."""
     with contextlib.redirect_stdout(io.StringIO()):  # POT prints a shape at every evaluation
-        peers = [evaluation(), same_value(2_000, 4), exact(1_000, 4), batched()]
+        peers = [evaluation(), same_value(1_000, 4), exact(500, 4), batched()]
     return {"method": "ot/sparse-ot", "cases": [router_step()], "peers": peers}

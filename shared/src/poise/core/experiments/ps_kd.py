@@ -304,6 +304,7 @@ EXPERIMENT = Experiment(
             arm="ps_kd",
             direction="lower",
             kind="outcome",
+            presets=("quick", "augmented"),
             source="table 2: calibration error below that of cross-entropy",
         ),
         Claim(
@@ -311,6 +312,7 @@ EXPERIMENT = Experiment(
             arm="ps_kd",
             direction="lower",
             kind="outcome",
+            presets=("quick", "augmented"),
             source="table 2: likelihood above that of cross-entropy",
         ),
         Claim(
@@ -319,6 +321,7 @@ EXPERIMENT = Experiment(
             versus="label_smoothing",
             direction="lower",
             kind="outcome",
+            presets=("quick", "augmented"),
             source="table 2: confidences ordered better than with label smoothing",
         ),
         Claim(
@@ -326,6 +329,7 @@ EXPERIMENT = Experiment(
             arm="ps_kd",
             direction="higher",
             kind="outcome",
+            presets=("quick", "augmented"),
             margin=-0.5,
             source="table 2: accuracy at least that of cross-entropy",
             note="At most half a point worse.",
@@ -336,6 +340,7 @@ EXPERIMENT = Experiment(
             versus="cutmix",
             direction="lower",
             kind="outcome",
+            presets=("quick", "augmented"),
             source="abstract: adds to existing regularizers",
         ),
     ),
