@@ -6,6 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from poise.core import functional, gates
+from poise.core.adapters.adapter import AdaptedLayer
+from poise.core.adapters.lora import LoRADelta
+from poise.core.adapters.low_rank import LowRankLinear, low_rank_factorize
+from poise.core.adapters.low_rank_surgery import apply_low_rank
+from poise.core.adapters.pela import (
+    FeatureDistillation,
+    WeightPerturbation,
+    feature_distillation_loss,
+    largest_weight_changes,
+    weight_perturbation_loss,
+)
+from poise.core.adapters.sorsa import SorsaConfig, SorsaLinear, apply_sorsa, sorsa_parameters
+from poise.core.adapters.sorsa_penalty import SorsaRegularizer, orthonormal_penalty
 from poise.core.dynamics.grokking_stability.diagnostics import nlm_cosine, softmax_collapse_fraction, zero_loss_fraction
 from poise.core.dynamics.grokking_stability.perp_grad import perp_grad_
 from poise.core.dynamics.grokking_stability.stablemax import (
@@ -25,8 +38,10 @@ from poise.core.memory.samples import SampleBank
 from poise.core.memory.storage import DenseRows, TopKRows
 from poise.core.neighbors.search import nearest
 from poise.core.testing import Sample, randn
+from poise.core.weights.companding import WeightCompander, compand, compand_inverse
 from poise.core.weights.conv_spectrum import conv_singular_values, orth_residuals
 from poise.core.weights.orthogonal_conv import OrthogonalRegularizer, conv_orth_loss, kernel_orth_loss
+from poise.core.weights.weight_compander import apply_weight_compander
 
 ALL_MASKED = "a distribution without entries raises, which takes the values of the mask"
 DISCRETE = "the forward pass is a step function; the gradient is that of the identity by definition"
@@ -512,4 +527,210 @@ PS_KD = (
     ),
 )
 
-SAMPLES = FUNCTIONAL + GATES + MEMORY + NEIGHBORS + ORTHOGONAL_CONV + GROKKING_STABILITY + ELR + PS_KD
+
+class OwningPerturbation(WeightPerturbation):
+    """Registers both networks, which the penalty otherwise leaves to their owner, so that the contract finds the weights."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__(student, teacher, weight=0.5, eps=0.1)
+        self.student, self.teacher = student, teacher.requires_grad_(False)
+
+
+def _owning_perturbation() -> OwningPerturbation:
+    teacher = nn.ModuleDict(
+        {"layers": nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 12)), "attention": nn.MultiheadAttention(12, 2)}
+    )
+    return OwningPerturbation(apply_low_rank(teacher.double(), 2).model, teacher.double())
+
+
+def _product(weight: Tensor, generator: torch.Generator | None = None, method: str = "svd") -> Tensor:
+    w1, w2 = low_rank_factorize(weight, 2, method, generator=generator)
+    return w2 @ w1
+
+
+FINITE = "looks for entries that are not finite, on the way to a decomposition"
+
+PELA = (
+    Sample(
+        name="pela/factorize",
+        build=lambda: _product,
+        inputs=lambda g: (randn(g, 6, 5),),
+        differentiable=(),
+        compile=False,
+        fake_cuda=False,
+        reason=f"an initialisation, without a gradient; {FINITE}",
+    ),
+    Sample(
+        name="pela/factorize_randomized",
+        build=lambda: partial(_product, method="randomized"),
+        inputs=lambda g: (randn(g, 14, 13), g),
+        differentiable=(),
+        compile=False,
+        fake_cuda=False,
+        reason=f"an initialisation, without a gradient; {FINITE}",
+    ),
+    Sample(
+        name="pela/layer",
+        build=lambda: LowRankLinear(5, 6, 2, dtype=torch.float64),
+        inputs=lambda g: (randn(g, 2, 3, 5),),
+        parameters=True,
+    ),
+    Sample(
+        name="pela/features",
+        build=lambda: lambda a, b, c, d: feature_distillation_loss([a, b], [c, d]),
+        inputs=lambda g: (randn(g, 3, 4), randn(g, 2, 5), randn(g, 3, 4), randn(g, 2, 5)),
+        differentiable=(0, 1),
+    ),
+    Sample(
+        name="pela/features_penalty",
+        build=lambda: FeatureDistillation(weight=0.3),
+        inputs=lambda g: ([randn(g, 3, 4), randn(g, 2, 5)], [randn(g, 3, 4), randn(g, 2, 5)]),
+        differentiable=(),
+        reason="takes lists; the gradient is that of the function, which is checked",
+    ),
+    Sample(
+        name="pela/largest_changes",
+        build=lambda: lambda a, b, c, d, e, f: largest_weight_changes([(a, b, c), (d, e, f)]),
+        inputs=lambda g: (
+            randn(g, 2, 5),
+            randn(g, 6, 2),
+            randn(g, 6, 5),
+            randn(g, 3, 4),
+            randn(g, 7, 3),
+            randn(g, 7, 4),
+        ),
+        differentiable=(0, 1, 3, 4),
+    ),
+    Sample(
+        name="pela/perturbation",
+        build=lambda: lambda a, b, c, d, e, f: weight_perturbation_loss([(a, b, c), (d, e, f)], eps=0.2),
+        inputs=lambda g: (
+            randn(g, 2, 5),
+            randn(g, 6, 2),
+            randn(g, 6, 5),
+            randn(g, 2, 5),
+            randn(g, 6, 2),
+            randn(g, 6, 5),
+        ),
+        differentiable=(0, 1, 3, 4),
+    ),
+    Sample(
+        name="pela/perturbation_penalty",
+        build=_owning_perturbation,
+        inputs=lambda g: (),
+        differentiable=(),
+        parameters=True,
+    ),
+)
+WEIGHT_COMPANDER = (
+    Sample(
+        name="weight_compander/compand",
+        build=lambda: compand,
+        inputs=lambda g: (randn(g, 4, 3), randn(g, 1).abs() + 0.5, randn(g, 4, 1).abs() + 0.5),
+        differentiable=(0, 1, 2),
+    ),
+    Sample(
+        name="weight_compander/erf",
+        build=lambda: partial(compand, a=0.7, b=0.5, kind="erf"),
+        inputs=lambda g: (randn(g, 4, 3),),
+    ),
+    Sample(
+        name="weight_compander/inverse",
+        build=lambda: compand_inverse,
+        inputs=lambda g: (randn(g, 4, 3).tanh(), randn(g, 1).abs() + 1.0, randn(g, 4, 1).abs() + 0.5),
+        differentiable=(0, 1, 2),
+        compile=False,
+        fake_cuda=False,
+        reason="whether every weight is below its bound is decided on the host",
+    ),
+    Sample(
+        name="weight_compander/parametrization",
+        build=lambda: WeightCompander(0.8, 0.5, kind="tanh").double(),
+        inputs=lambda g: (randn(g, 4, 3),),
+        parameters=True,
+    ),
+    Sample(
+        name="weight_compander/network",
+        build=lambda: apply_weight_compander(
+            nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.ConvTranspose1d(3, 2, 3)).double(), per_channel=True
+        ),
+        inputs=lambda g: (randn(g, 2, 2, 6),),
+        parameters=True,
+    ),
+)
+
+
+def _tuned(model: nn.Module) -> nn.Module:
+    """With factors away from where they start, at which the penalty has a kink."""
+    with torch.no_grad():
+        for factor in sorsa_parameters(model):
+            factor.add_(0.2 * torch.randn_like(factor))
+    return model
+
+
+def _lora_layer(layer: nn.Module) -> AdaptedLayer:
+    adapted = AdaptedLayer(layer.requires_grad_(False))
+    delta = LoRADelta(layer, 2, alpha=4.0)
+    nn.init.normal_(delta.b)
+    adapted.add("default", delta)
+    return adapted
+
+
+class OwningSorsaRegularizer(SorsaRegularizer):
+    """Registers its model, which a regularizer otherwise leaves to its owner, so that the contract finds the weights."""
+
+    def __init__(self, squared: bool = False) -> None:
+        model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5))
+        super().__init__(_tuned(apply_sorsa(model, SorsaConfig(r=2))), 0.1, lr=0.5, squared=squared)
+        self.owned = model
+
+
+SORSA = (
+    Sample(
+        name="sorsa/linear",
+        build=lambda: _tuned(SorsaLinear(nn.Linear(6, 5), 3)),
+        inputs=lambda g: (randn(g, 2, 6),),
+        parameters=True,
+    ),
+    Sample(
+        name="sorsa/convolution",
+        build=lambda: _tuned(SorsaLinear(nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), 3, alpha=6.0)),
+        inputs=lambda g: (randn(g, 2, 4, 5, 5),),
+        parameters=True,
+    ),
+    Sample(
+        name="lora/linear",
+        build=lambda: _lora_layer(nn.Linear(6, 5)),
+        inputs=lambda g: (randn(g, 2, 6),),
+        parameters=True,
+    ),
+    Sample(
+        name="sorsa/orthonormal_penalty",
+        build=lambda: partial(orthonormal_penalty, dim="rows"),
+        inputs=lambda g: (0.5 * randn(g, 2, 3, 6),),
+    ),
+    *(
+        Sample(
+            name=f"sorsa/regularizer_{name}",
+            build=partial(OwningSorsaRegularizer, squared),
+            inputs=lambda g: (),
+            differentiable=(),
+            parameters=True,
+        )
+        for name, squared in (("norm", False), ("squared", True))
+    ),
+)
+
+
+SAMPLES = (
+    FUNCTIONAL
+    + GATES
+    + MEMORY
+    + NEIGHBORS
+    + ORTHOGONAL_CONV
+    + GROKKING_STABILITY
+    + ELR
+    + PS_KD
+    + PELA
+    + WEIGHT_COMPANDER
+) + SORSA

@@ -280,11 +280,21 @@ def test_regularizer_sums_or_averages_the_layers() -> None:
     torch.testing.assert_close(OrthogonalRegularizer(model, padding_modes=["circular"])(), losses[0])
     torch.testing.assert_close(OrthogonalRegularizer(model, types=[nn.Linear])(), kernel_orth_loss(model[2][2].weight))
     torch.testing.assert_close(OrthogonalRegularizer(model, squared=False)(), losses.sqrt().sum())
+    factors = {"**": 3.0, "2.*": 0.5}
+    expected = 3 * losses[0] + 3 * losses[1] + losses[2] / 2
+    torch.testing.assert_close(OrthogonalRegularizer(model, factors=factors)(), expected)
 
 
 def test_regularizer_counts_a_shared_layer_once() -> None:
     layer = nn.Conv1d(2, 2, 3)
     assert list(OrthogonalRegularizer(nn.Sequential(layer, nn.ReLU(), layer)).layers) == ["0"]
+
+
+def test_regularizer_looks_into_wrapped_layers() -> None:
+    model = nn.Sequential(torch.compile(nn.Conv2d(2, 2, 3)), nn.ReLU(), nn.Conv2d(2, 2, 3))
+    assert list(OrthogonalRegularizer(model).layers) == ["0", "2"]
+    assert list(OrthogonalRegularizer(model, skip=["0"]).layers) == ["2"]
+    assert list(OrthogonalRegularizer(model[0]).layers) == [""]
 
 
 def test_regularizer_reads_parametrized_weights() -> None:
@@ -318,6 +328,10 @@ def test_regularizer_refuses_what_it_cannot_do() -> None:
         OrthogonalRegularizer(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no module matches"):
         OrthogonalRegularizer(model, skip=["stem"])
+    with pytest.raises(ValueError, match=r"factors: '2\.2' matches none of the regularized layers"):
+        OrthogonalRegularizer(model, factors={"2.2": 2.0})
+    with pytest.raises(ValueError, match="factors must be positive"):
+        OrthogonalRegularizer(model, factors={"0": 0.0})
     with pytest.raises(ValueError, match="reduction must be"):
         inspect.unwrap(OrthogonalRegularizer.__init__)(penalty, model, reduction="max")
     with pytest.raises(TypeError, match=r"types must name convolutions or nn\.Linear"):

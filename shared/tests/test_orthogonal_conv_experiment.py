@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from poise.core.experiments.attacks import accuracy, l2_attack
-from poise.core.experiments.orthogonal_conv import EXPERIMENT, LANDSCAPE, build, compare
+from poise.core.experiments.orthogonal_conv import EXPERIMENT, build, compare
+from poise.core.experiments.orthogonal_conv_landscape import LANDSCAPE
 from poise.core.experiments.orthogonal_conv_measures import input_sizes
 from poise.core.lab import ArmResult, Run
 from poise.core.weights.orthogonal_conv import OrthogonalRegularizer
@@ -80,11 +81,17 @@ def test_paper_preset_reads_the_published_format(tmp_path: Path) -> None:
         attacked=2,
         attack_steps=1,
         skip=("5", "7", "9", "11", "13"),
-        spectrum_every=10,
+        layer_factors=("1=0.5", "1?=2"),
+        spectrum_every=1,
     )
     metrics = EXPERIMENT.run(config, "strong", Run.scratch(tmp_path / "run", data=tmp_path))
     assert 0 <= metrics["accuracy"] <= 1
     assert metrics["share_of_bound"] <= 1
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "orthogonality/15" in logged
+    assert "smallest_singular_value/15" in logged
+    with pytest.raises(ValueError, match=r"layer_factors must be entries like 'stages\.0\.\*\*=0\.1', got 'stages'"):
+        EXPERIMENT.run(replace(config, layer_factors=("stages",)), "strong", Run.scratch(tmp_path / "2", data=tmp_path))
 
 
 @pytest.mark.slow

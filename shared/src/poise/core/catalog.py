@@ -322,4 +322,228 @@ optimizer.step()
 """,
         tags=("grokking", "numerical stability", "softmax", "optimizer", "gradient projection", "training dynamics"),
     ),
+    Method(
+        slug="pela",
+        package="core",
+        title="Parameter-efficient models with low-rank approximation (PELA)",
+        kind="training",
+        problem="Shrink a pretrained transformer to a half or a third, and use it afterwards as if it were the original.",
+        summary=(
+            "Every Linear layer becomes the best product of two thin ones; a short stage of training beside the frozen original, with "
+            "its block outputs as targets and a bound on how far any weight moves, repairs what was lost."
+        ),
+        formula=(
+            r"L = L_{task} + \alpha \frac1B \sum_b \mathrm{MSE}(F_s^b, F_t^b) + "
+            r"w \frac1P \sum_p \big( \|W_2^p W_1^p - W_0^p\|_\infty - \epsilon \big)^2, \qquad W_0 \approx W_2 W_1"
+        ),
+        usage="""
+import torch
+from torch.nn import functional as F
+from poise.core import PelaTrainer, apply_low_rank
+
+blocks = [torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()) for _ in range(3)]
+teacher = torch.nn.Sequential(*blocks, torch.nn.Linear(64, 10))  # your pretrained network
+
+student, report = apply_low_rank(teacher, ratio=2, skip=["3"])
+print(report)
+
+optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+student.train()
+with PelaTrainer(student, teacher, blocks=["0", "1", "2"]) as pela:
+    for _ in range(10):
+        x, y = torch.randn(32, 64), torch.randint(10, (32,))
+        logits, penalty = pela(x)
+        loss = F.cross_entropy(logits, y) + penalty
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+# later, to load a checkpoint: the same structure without a decomposition
+rebuilt = apply_low_rank(teacher, ratio=2, skip=["3"], decompose=False).model
+rebuilt.load_state_dict(student.state_dict())
+""",
+        api=(
+            "poise.core.apply_low_rank",
+            "poise.core.PelaTrainer",
+            "poise.core.PelaOutput",
+            "poise.core.LowRankLinear",
+            "poise.core.LowRankModel",
+            "poise.core.LowRankReport",
+            "poise.core.low_rank_factorize",
+            "poise.core.rank_for_ratio",
+            "poise.core.WeightPerturbation",
+            "poise.core.FeatureDistillation",
+            "poise.core.weight_perturbation_loss",
+            "poise.core.largest_weight_changes",
+            "poise.core.feature_distillation_loss",
+        ),
+        presets=("quick", "text", "paper", "deit"),
+        arms=("baseline", "svd", "scratch", "distill", "pela"),
+        paper="Y. Guo, G. Wang, M. Kankanhalli, PELA: Learning Parameter-Efficient Models with Low-Rank Approximation, CVPR 2024",
+        url="https://arxiv.org/abs/2310.10700",
+        bibtex=r"""
+@inproceedings{guo2024pela,
+  title     = {{PELA}: Learning Parameter-Efficient Models with Low-Rank Approximation},
+  author    = {Guo, Yangyang and Wang, Guangzhi and Kankanhalli, Mohan},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2024},
+}
+""",
+        tags=(
+            "compression",
+            "low rank",
+            "SVD",
+            "distillation",
+            "pretrained models",
+            "transformers",
+            "vision transformer",
+            "adapters",
+        ),
+    ),
+    Method(
+        slug="weight-compander",
+        package="core",
+        title="Weight Compander",
+        kind="parametrization",
+        problem="Keep a few large weights from dominating a network, and make its small ones take part.",
+        summary=(
+            "Every weight passes through a bounded, odd function that is steepest at zero; the optimizer trains what goes in. It fits "
+            "any model, keeps what it computes, and is removed at no cost after training."
+        ),
+        formula=r"w = a \arctan(v / b), \qquad |w| < a \pi / 2, \qquad \frac{\partial w}{\partial v} = \frac{a b}{b^2 + v^2}",
+        usage="""
+import torch
+from torch import nn
+from poise.core import (
+    apply_weight_compander, compander_report, remove_weight_compander, weight_compander_param_groups,
+)
+
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 10))
+model = apply_weight_compander(model)  # the network computes what it did
+groups = weight_compander_param_groups(model, lr=0.05, weight_decay=5e-4, lr_ab=0.005)
+optimizer = torch.optim.SGD(groups, momentum=0.9)
+
+for _ in range(3):
+    x, y = torch.rand(16, 3, 8, 8), torch.randint(10, (16,))
+    loss = nn.functional.cross_entropy(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+print(compander_report(model)["3.weight"])
+model = remove_weight_compander(model)  # plain layers again
+""",
+        api=(
+            "poise.core.apply_weight_compander",
+            "poise.core.remove_weight_compander",
+            "poise.core.weight_compander_param_groups",
+            "poise.core.compander_report",
+            "poise.core.CompandedWeight",
+            "poise.core.WeightCompander",
+            "poise.core.compand",
+            "poise.core.compand_inverse",
+        ),
+        presets=("quick", "convolutions", "paper", "imagenet"),
+        arms=(
+            "baseline",
+            "decay",
+            "dropout",
+            "learned",
+            "slope_1",
+            "slope_2",
+            "slope_4",
+            "decay_learned",
+            "decay_slope_1",
+            "decay_slope_2",
+            "decay_slope_4",
+            "dropout_learned",
+            "dropout_slope_1",
+            "dropout_slope_2",
+            "dropout_slope_4",
+        ),
+        paper=(
+            "R. A. Cakaj, J. Mehnert, B. Yang, Weight Compander: A Simple Weight Reparameterization for Regularization, IJCNN 2023"
+        ),
+        url="https://arxiv.org/abs/2306.16993",
+        bibtex=r"""
+@inproceedings{cakaj2023weight,
+  title     = {Weight Compander: A Simple Weight Reparameterization for Regularization},
+  author    = {Cakaj, Rinor and Mehnert, Jens and Yang, Bin},
+  booktitle = {International Joint Conference on Neural Networks},
+  year      = {2023},
+}
+""",
+        tags=("reparametrization", "weights", "bounded weights", "sparsity", "parametrize", "arctan"),
+    ),
+    Method(
+        slug="sorsa",
+        package="core",
+        title="SORSA",
+        kind="adapter",
+        problem="Fine-tune a large model with few parameters, starting faster than LoRA does.",
+        summary=(
+            "Trains the leading singular triplets of every weight with the rest frozen, and a penalty keeps the singular vectors "
+            "orthonormal, so that changes of scale go into the singular values; merged, nothing is left to pay for."
+        ),
+        formula=(
+            r"W = W_{res} + c\, U_p\, \mathrm{diag}(S_p)\, V_p^\top, \qquad "
+            r"R = \frac1M \sum_{A \in \{U_p^\top, V_p^\top\}} \lVert A A^\top - I \rVert_F"
+        ),
+        usage="""
+import torch
+from torch import nn
+from poise.core import SorsaConfig, SorsaRegularizer, apply_sorsa, merge_sorsa, sorsa_parameters
+
+model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 3))  # any pretrained model
+model = apply_sorsa(model, SorsaConfig(r=8, target_modules="0"))
+regularizer = SorsaRegularizer(model, gamma=4e-4, lr=3e-3)
+optimizer = torch.optim.AdamW(sorsa_parameters(model), lr=3e-3, weight_decay=0.0)
+
+for _ in range(3):
+    x, y = torch.randn(16, 32), torch.randint(3, (16,))
+    loss = nn.functional.cross_entropy(model(x), y) + regularizer()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    regularizer.step()
+
+model = merge_sorsa(model)  # plain layers
+""",
+        api=(
+            "poise.core.apply_sorsa",
+            "poise.core.SorsaConfig",
+            "poise.core.SorsaRegularizer",
+            "poise.core.sorsa_parameters",
+            "poise.core.merge_sorsa",
+            "poise.core.SorsaLinear",
+            "poise.core.SorsaDelta",
+            "poise.core.sorsa_penalty",
+            "poise.core.orthonormal_penalty",
+            "poise.core.singular_change",
+            "poise.core.save_adapter",
+            "poise.core.load_adapter",
+            "poise.core.Adapters",
+            "poise.core.sorsa_lora_config",
+            "poise.core.read_sorsa_lora_config",
+            "poise.core.save_peft_lora",
+            "poise.core.load_peft_lora",
+            "poise.core.apply_lora",
+            "poise.core.LoRAConfig",
+        ),
+        presets=("quick", "one-rate", "text", "paper"),
+        arms=("baseline", "pissa", "sorsa_unregularized", "sorsa", "sorsa_strong", "sorsa_decoupled", "full"),
+        paper=(
+            "Y. Cao, SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation of Large Language Models, 2024"
+        ),
+        url="https://arxiv.org/abs/2409.00055",
+        bibtex=r"""
+@article{cao2024sorsa,
+  title   = {{SORSA}: Singular Values and Orthonormal Regularized Singular Vectors Adaptation of Large Language Models},
+  author  = {Cao, Yang},
+  journal = {arXiv preprint arXiv:2409.00055},
+  year    = {2024},
+}
+""",
+        tags=("fine-tuning", "LoRA", "PEFT", "low rank", "singular values", "orthogonality", "language models"),
+    ),
 )

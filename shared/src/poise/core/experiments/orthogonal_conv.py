@@ -29,15 +29,17 @@ from torch.nn import functional as F
 from poise.core.data import mnist5k
 from poise.core.experiments import orthogonal_conv_figures as figures
 from poise.core.experiments.attacks import accuracy, attacked_batches
+from poise.core.experiments.orthogonal_conv_landscape import landscape
 from poise.core.experiments.orthogonal_conv_measures import (
     Trained,
     convolutional,
+    extremes,
     growth_metrics,
     input_sizes,
+    orthogonality,
     residuals,
     spectra,
     spread_metrics,
-    total_orthogonality,
 )
 from poise.core.experiments.published_images import (
     Images,
@@ -51,8 +53,7 @@ from poise.core.experiments.published_images import (
 )
 from poise.core.experiments.resnets import Standardize, convolution, resnet
 from poise.core.lab import ArmResult, Claim, Experiment, Run
-from poise.core.weights.conv_geometry import ConvGeometry
-from poise.core.weights.orthogonal_conv import OrthogonalRegularizer, conv_orth_loss, kernel_orth_loss
+from poise.core.weights.orthogonal_conv import OrthogonalRegularizer, kernel_orth_loss
 
 ARMS = {
     "baseline": "no penalty, lambda = 0",
@@ -69,19 +70,6 @@ SHARES = {"baseline": 0.0, "faint": 1e-3, "light": 1e-2, "medium": 1e-1, "strong
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 """Mean and standard deviation of the channels."""
-
-LANDSCAPE = {
-    "rows": (3, 4, 3, 1),
-    "strided_rows": (6, 2, 3, 2),
-    "columns": (4, 3, 3, 1),
-    "strided_columns": (12, 2, 3, 2),
-    "square": (4, 4, 3, 1),
-    "strided_square": (8, 2, 3, 2),
-    "too_many_rows": (16, 2, 2, 3),
-    "gaps": (20, 2, 2, 3),
-}
-"""Sizes M, C, k, S whose landscape is explored: four that allow an orthogonal layer, two square ones that do too but whose orthogonal
-kernels are not connected, and two that allow none: more rows than the kernel reaches, and windows with gaps between them."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +91,7 @@ class Config:
         test: test images of the quick preset.
         largest: lambda of the arm ``strong``.
         skip: layers that are not regularized, by name or pattern.
+        layer_factors: what lambda is multiplied by for some layers, ``name or pattern=factor`` each.
         radii: L2 norms of the attacks, small, middle and large, for pixels in [0, 1].
         attack_steps: gradient steps of an attack.
         attacked: test images that are attacked.
@@ -127,6 +116,7 @@ class Config:
     test: int = 2_000
     largest: float = 1.0
     skip: tuple[str, ...] = ()
+    layer_factors: tuple[str, ...] = ()
     radii: tuple[float, float, float] = (0.25, 0.5, 1.0)
     attack_steps: int = 10
     attacked: int = 500
@@ -184,7 +174,9 @@ class MaxMin(nn.Module):
 def train(config: Config, arm: str, run: Run, images: Images) -> Trained:
     """Fit a network with the arm's penalty."""
     net = build(config, len(images.classes)).to(run.device)
-    penalty = OrthogonalRegularizer(net, SHARES[arm] * config.largest, skip=config.skip)
+    penalty = OrthogonalRegularizer(
+        net, SHARES[arm] * config.largest, skip=config.skip, factors=dict(map(pattern_and_factor, config.layer_factors))
+    )
     trained = Trained(net, penalty, input_sizes(net, penalty, images.read([0]).to(run.device)))
     optimizer = make_optimizer(config, net)
     epoch = steps_per_epoch(images, config.batch)
@@ -207,16 +199,16 @@ def train(config: Config, arm: str, run: Run, images: Images) -> Trained:
         )
         x, y = next(batches)
         loss = F.cross_entropy(model(x), y)
-        orthogonality = kernel_penalty(penalty) if arm == "kernel" else penalty()
         optimizer.zero_grad()
-        run.backward(loss + orthogonality)
+        run.backward(loss + (kernel_penalty(penalty) if arm == "kernel" else penalty()))
         optimizer.step()
         schedule.step()
         penalty.step()
-        if step % max(1, epoch // 2) == 0:
-            run.log(step, loss=loss, total_orthogonality=total_orthogonality(penalty))
+        if (step + 1) % epoch == 0:
+            run.log(step, loss=loss, **orthogonality(penalty))
         if (step + 1) % (config.spectrum_every * epoch) == 0:
-            run.log(step, **spread_metrics(spectra(trained)))
+            values = spectra(trained)
+            run.log(step, **spread_metrics(values), **extremes(values))
     net.eval()
     return trained
 
@@ -227,9 +219,22 @@ def make_optimizer(config: Config, net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(net.parameters(), config.learning_rate, momentum=0.9, weight_decay=config.weight_decay)
 
 
+def pattern_and_factor(text: str) -> tuple[str, float]:
+    """The two parts of an entry of ``layer_factors``.
+
+    Raises:
+        ValueError: it is not made of a name and a number.
+    """
+    pattern, equals, factor = text.rpartition("=")
+    if not equals:
+        raise ValueError(f"layer_factors must be entries like 'stages.0.**=0.1', got {text!r}")
+    return pattern, float(factor)
+
+
 def kernel_penalty(penalty: OrthogonalRegularizer) -> Tensor:
     """The penalty with the reshaped kernels in place of the layers."""
-    losses = [kernel_orth_loss(convolutional(layer).weight) for layer in penalty.layers.values()]
+    layers = penalty.layers.items()
+    losses = [penalty.factors[name] * kernel_orth_loss(convolutional(layer).weight) for name, layer in layers]
     return penalty.weight * torch.stack(losses).sum()
 
 
@@ -245,7 +250,7 @@ def classify(config: Config, arm: str, run: Run) -> dict[str, float]:
     for name, radius in zip(("small", "middle", "large"), config.radii, strict=True):
         attacked = attacked_batches(net, batches(count=config.attacked), radius, steps=config.attack_steps)
         metrics[f"robust_accuracy_{name}"] = accuracy(net, attacked)
-    metrics["total_orthogonality"] = float(total_orthogonality(trained.penalty))
+    metrics["total_orthogonality"] = orthogonality(trained.penalty)["total_orthogonality"]
     values = spectra(trained)
     metrics |= spread_metrics(values)
     errors = residuals(trained, config.factors)
@@ -257,44 +262,11 @@ def classify(config: Config, arm: str, run: Run) -> dict[str, float]:
     return metrics
 
 
-def landscape(config: Config, run: Run) -> dict[str, float]:
-    """Minimize L_orth from random kernels; all starts of a size are the groups of one kernel, which do not interact."""
-    metrics, ends = {}, {}
-    for name, (rows, channels, taps, stride) in LANDSCAPE.items():
-        starts = torch.randn(config.landscape_starts * rows, channels, taps, taps, generator=run.generator)
-        weight = nn.Parameter((starts / (channels * taps**2) ** 0.5).to(run.device, torch.float64))
-        optimizer = torch.optim.Adam([weight], lr=1e-2)
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [config.landscape_steps // 2], gamma=0.1)
-        state = {"weight": weight.data, "optimizer": optimizer, "schedule": schedule}
-        for step in run.steps(config.landscape_steps, name=name, **state):
-            loss = conv_orth_loss(weight, stride, groups=config.landscape_starts)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if step % 100 == 0:
-                run.log(step, loss=loss / config.landscape_starts)
-        kernels = weight.detach().view(config.landscape_starts, rows, channels, taps, taps)
-        ends[name] = torch.stack([conv_orth_loss(kernel, stride) for kernel in kernels])
-        metrics[f"{name}_worst"] = float(ends[name].max())
-        metrics[f"{name}_reached"] = float((ends[name] < 1e-3).double().mean())
-    admissible = [name for name in LANDSCAPE if "square" not in name and least_loss(name) == 0]
-    impossible = [name for name in LANDSCAPE if least_loss(name) > 0]
-    metrics["admissible_worst"] = max(metrics[f"{name}_worst"] for name in admissible)
-    metrics["above_bound"] = max(float((ends[name] - least_loss(name)).abs().max()) for name in impossible)
-    run.save("ends", **ends)
-    run.figure("landscape", figures.landscape(ends, {name: least_loss(name) for name in ends}))
-    return metrics
-
-
-def least_loss(name: str) -> int:
-    rows, channels, taps, stride = LANDSCAPE[name]
-    return ConvGeometry(rows, channels, (taps, taps), (stride, stride)).least_loss
-
-
 def run(config: Config, arm: str, run: Run) -> dict[str, float]:
     """Train and measure one arm."""
-    return landscape(config, run) if arm == "landscape" else classify(config, arm, run)
+    if arm == "landscape":
+        return landscape(config.landscape_starts, config.landscape_steps, run)
+    return classify(config, arm, run)
 
 
 def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:

@@ -21,10 +21,12 @@ class Trained:
     sizes: Mapping[str, tuple[int, ...]]
 
 
-@torch.no_grad()
-def total_orthogonality(penalty: OrthogonalRegularizer) -> Tensor:
-    """The sum of L_orth over the layers, whatever is trained for."""
-    return penalty.penalty()
+def orthogonality(penalty: OrthogonalRegularizer) -> dict[str, float]:
+    """L_orth of each layer and their sum, whatever is trained for."""
+    losses = {name: layer.loss for name, layer in penalty.report().items()}
+    return {"total_orthogonality": sum(losses.values())} | {
+        f"orthogonality/{name}": loss for name, loss in losses.items()
+    }
 
 
 def input_sizes(net: nn.Module, penalty: OrthogonalRegularizer, images: Tensor) -> dict[str, tuple[int, ...]]:
@@ -48,6 +50,12 @@ def spectra(trained: Trained) -> dict[str, Tensor]:
         places = len(values) // (conv.groups * min(sizes.out_channels, sizes.columns))
         found[name] = values[: places * conv.groups * min(sizes.out_channels, sizes.reached)]
     return found
+
+
+def extremes(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Largest and smallest singular value of each layer."""
+    largest = {f"largest_singular_value/{name}": float(of_layer[0]) for name, of_layer in values.items()}
+    return largest | {f"smallest_singular_value/{name}": float(of_layer[-1]) for name, of_layer in values.items()}
 
 
 def spread_metrics(values: Mapping[str, Tensor]) -> dict[str, float]:

@@ -29,6 +29,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -38,7 +39,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from poise.core.functional import orthonormality
 from poise.core.functional._numerics import full_precision, safe_sqrt, widen
-from poise.core.names import match_modules, plain_modules
+from poise.core.names import match_modules, plain_modules, unwrap
 from poise.core.penalty import Penalty
 from poise.core.schedule import Schedule
 from poise.core.weights.conv_geometry import ConvGeometry, Size
@@ -196,7 +197,7 @@ class LayerOrthogonality:
 
 
 class OrthogonalRegularizer(Penalty):
-    r""":math:`\lambda \sum_l L_{orth}(K_l)` over the convolutions of a model.
+    r""":math:`\lambda \sum_l c_l L_{orth}(K_l)` over the convolutions of a model, with :math:`c_l = 1` unless asked for.
 
     ``orthogonality()`` in the training loop reads the current weights, also those that are parametrized. The layers stay the
     model's own: they are neither parameters nor state of the penalty. A copy of it has layers of its own, unless it is copied
@@ -207,13 +208,15 @@ class OrthogonalRegularizer(Penalty):
         weight: λ, a number or a schedule.
         reduction: ``"sum"`` over layers as in the paper, or their ``"mean"``.
         skip: names or patterns of layers to leave out, see :mod:`poise.core.names`. Wang et al. leave out the RGB stem.
+        factors: c by name or pattern, for a weight of their own for some layers; where several match, the last one counts.
         types: which layers are regularized; add ``nn.Linear`` to include dense layers.
         padding_modes: leave out convolutions with other boundaries than these, as PyTorch names them; by default none. Only a
             ``"circular"`` convolution with loss 0 is an isometry; with others it is one up to what happens at the border.
         squared: sum squared distances, as in the paper. Wang et al. sum the distances themselves.
 
     Raises:
-        ValueError: no layer is left, a pattern in ``skip`` matches nothing, or an unknown reduction.
+        ValueError: no layer is left, a pattern in ``skip`` matches nothing or one in ``factors`` no layer that is left, a factor
+            that is not positive, or an unknown reduction.
         TypeError: ``types`` names something else than convolutions and Linear.
 
     Warns:
@@ -229,6 +232,7 @@ class OrthogonalRegularizer(Penalty):
         *,
         reduction: Literal["sum", "mean"] = "sum",
         skip: Iterable[str] = (),
+        factors: Mapping[str, float] = MappingProxyType({}),
         types: Iterable[type[nn.Module]] = Convolutions,
         padding_modes: Iterable[str] | None = None,
         squared: bool = True,
@@ -241,6 +245,7 @@ class OrthogonalRegularizer(Penalty):
         self.layers: Mapping[str, nn.Module] = dict(_chosen(model, tuple(skip), tuple(types), padding_modes))
         if not self.layers:
             raise ValueError(f"{type(model).__name__} has no layer to regularize: none is left of the types asked for")
+        self.factors: Mapping[str, float] = dict.fromkeys(self.layers, 1.0) | _factors(model, self.layers, factors)
         for name, layer in self.layers.items():
             kernel, sizes = _kernel(layer)
             if obstacle := ConvGeometry.of(kernel, **sizes).obstacle():
@@ -248,8 +253,10 @@ class OrthogonalRegularizer(Penalty):
 
     def penalty(self) -> Float[Tensor, ""]:
         """The sum or mean over layers."""
-        kernels = [_kernel(layer) for layer in self.layers.values()]
-        losses = torch.stack([conv_orth_loss(kernel, squared=self.squared, **sizes) for kernel, sizes in kernels])
+        kernels = [(*_kernel(layer), self.factors[name]) for name, layer in self.layers.items()]
+        losses = torch.stack(
+            [c * conv_orth_loss(kernel, squared=self.squared, **sizes) for kernel, sizes, c in kernels]
+        )
         return losses.sum() if self.reduction == "sum" else losses.mean()
 
     @torch.no_grad()
@@ -282,14 +289,30 @@ def _chosen(
     for kind in types:
         if not issubclass(kind, _ConvNd | nn.Linear):
             raise TypeError(f"types must name convolutions or nn.Linear, got {kind.__name__}")
-    seen = set(match_modules(model, *skip).values()) if skip else set()
+    seen = {unwrap(module) for module in match_modules(model, *skip).values()} if skip else set()
     modes = None if padding_modes is None else frozenset(padding_modes)
-    for name, module in plain_modules(model).items():
+    for name, wrapped in plain_modules(model).items():
+        module = unwrap(wrapped)
         if not isinstance(module, types) or module in seen:
             continue
         if modes is None or getattr(module, "padding_mode", "circular") in modes:
             seen.add(module)
             yield name, module
+
+
+def _factors(model: nn.Module, layers: Mapping[str, nn.Module], asked: Mapping[str, float]) -> dict[str, float]:
+    """The factors of the layers that a pattern matches."""
+    found: dict[str, float] = {}
+    for pattern, factor in asked.items():
+        matched = match_modules(model, pattern).keys() & layers.keys()
+        if not matched:
+            raise ValueError(f"factors: {pattern!r} matches none of the regularized layers {list(layers)}")
+        if not (math.isfinite(factor) and factor > 0):
+            raise ValueError(
+                f"factors must be positive, to leave a layer out there is skip; got {factor} for {pattern!r}"
+            )
+        found |= dict.fromkeys(matched, factor)
+    return found
 
 
 def _kernel(layer: nn.Module) -> tuple[Tensor, dict[str, Any]]:

@@ -28,107 +28,28 @@ Weight decay acts on v, as every term does that an optimizer applies to its para
 that is used several times in a forward pass is computed once inside ``torch.nn.utils.parametrize.cached()``.
 """
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from poise.core.names import match_modules, plain_modules
-from poise.core.weights.companding import SHAPES, Kind, compand, compand_inverse, shape_of
+from poise.core.names import match_modules, plain_modules, unwrap
+from poise.core.weights.companding import Kind, WeightCompander, shape_of
 
-
-class WeightCompander(nn.Module):
-    r"""The reparametrization of one tensor, for ``torch.nn.utils.parametrize``, with its own a and b.
-
-    Both are kept as logarithms, so that they stay positive whatever an optimizer does to them.
-
-    Args:
-        a: initial scale of the weights: a number for the whole tensor, or a tensor that broadcasts to it (one entry per channel).
-        b: initial scale of the trained values, likewise.
-        learnable: train a and b, as in the paper's extension; else they are buffers.
-        kind: see :func:`compand`.
-        eps: least value of a and b; they stay below 1 / eps.
-
-    Raises:
-        ValueError: a or b is not between eps and 1 / eps, eps is not between 0 and 1, or an unknown kind.
-
-    Source: Cakaj, Mehnert and Yang, IJCNN 2023; that a and b are per tensor and kept positive by the exponential is a choice made here.
-    """
-
-    log_a: Tensor
-    log_b: Tensor
-
-    def __init__(
-        self,
-        a: float | Tensor = 1.0,
-        b: float | Tensor = 1.0,
-        *,
-        learnable: bool = True,
-        kind: Kind = "arctan",
-        eps: float = 1e-6,
-    ) -> None:
-        super().__init__()
-        shape_of(kind)
-        if not 0 < eps < 1:
-            raise ValueError(f"eps must lie between 0 and 1, got {eps}")
-        self.kind, self.learnable, self.eps = kind, learnable, eps
-        for name, value in (("a", a), ("b", b)):
-            scale = torch.as_tensor(
-                value, dtype=value.dtype if isinstance(value, Tensor) else torch.get_default_dtype()
-            )
-            if not bool(((scale > eps) & (scale < 1 / eps)).all()):
-                raise ValueError(f"{name} must lie between eps = {eps:g} and 1 / eps, got {scale.tolist()}")
-            log = (scale.detach() - eps).log()
-            if learnable:
-                self.register_parameter(f"log_{name}", nn.Parameter(log))
-            else:
-                self.register_buffer(f"log_{name}", log)
-
-    @property
-    def a(self) -> Tensor:
-        """Scale of the weights, at present."""
-        return self._scale(self.log_a)
-
-    @property
-    def b(self) -> Tensor:
-        """Scale of the trained values, at present."""
-        return self._scale(self.log_b)
-
-    @property
-    def bound(self) -> Tensor:
-        """What all weights stay below in magnitude, a pi / 2 for arctan."""
-        return self.a * SHAPES[self.kind].limit
-
-    def forward(self, v: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The weights."""
-        return compand(v, self.a, self.b, self.kind)
-
-    def right_inverse(self, w: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The trained values of given weights; used when a weight is assigned.
-
-        Raises:
-            ValueError: a weight is not below the bound.
-        """
-        return compand_inverse(w, self.a, self.b, self.kind)
-
-    def _scale(self, log: Tensor) -> Tensor:
-        return self.eps + log.clamp(max=-math.log(self.eps)).exp()
-
-    def extra_repr(self) -> str:
-        return f"kind={self.kind!r}, learnable={self.learnable}"
+Scale = float | Literal["auto"] | Callable[[Tensor], float | Tensor]
+"""A number, a rule that is left to this module, or a function of a layer's weights."""
 
 
 def apply_weight_compander(
     model: nn.Module,
     *,
-    a: float | Literal["auto"] = "auto",
-    b: float | Literal["auto"] = "auto",
+    a: Scale = "auto",
+    b: Scale = "auto",
     steepness: float = 1.0,
     learnable: bool = True,
     include: Iterable[str] | None = None,
@@ -139,41 +60,49 @@ def apply_weight_compander(
 ) -> nn.Module:
     r"""Compand the weights of a model, in place: each gets its own a and b. What is no such weight stays as it is.
 
-    The parameter objects stay the same ones, and hold the trained values v from now on, so that an optimizer made before goes on.
+    The parameter objects stay the same ones and hold the trained values v from now on; a and b are new ones, which an optimizer made
+    before does not know.
 
     Args:
-        model: any module, wrapped or not.
-        a: initial scale of the weights. ``"auto"``: four times the root mean square of the layer's weights, or more where its largest
-            weight would come too close to the bound.
-        b: initial scale of the trained values; ``"auto"``: a / ``steepness``.
+        model: any module; DistributedDataParallel comes afterwards.
+        a: initial scale of the weights: a number, or a function of a layer's weights. ``"auto"``: four times their root mean square,
+            or more where the largest of them would come too close to the bound.
+        b: initial scale of the trained values, likewise; ``"auto"``: a / ``steepness``.
         steepness: a / b, the slope at zero: with 1, only large weights are slowed; above, weights near zero are driven away from it.
         learnable: train a and b.
-        include: names or patterns of the modules, see :mod:`poise.core.names`; by default every Linear, convolution and
-            MultiheadAttention. Modules of any type are taken if they are named, for their ``weight``.
+        include: names or patterns of modules, see :mod:`poise.core.names`. By default, and among those that a pattern matches, every
+            Linear, convolution and MultiheadAttention is taken; a module of any other type if it is named in full, for its ``weight``.
         exclude: names or patterns of modules to leave out.
         keep_function: start at the trained values that stand for the present weights, so that the network computes what it did. Else
             the present weights become the trained values, and the network's scale changes by about a / b per layer.
-        per_channel: one a and b for each output channel, each from the channel's own weights.
-        kind: see :func:`compand`.
+        per_channel: one a and b for each output channel; ``"auto"`` then looks at the channel's own weights.
+        kind: see :func:`~poise.core.weights.companding.compand`.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: no weight is left, one is companded already, one belongs to several modules, or one is too large for a given a.
+        ValueError: no weight is left, one is parametrized already, one belongs to several modules, or one is too large for a given a;
+            a steepness that is not positive, or next to a b; learned scales inside DistributedDataParallel, which would not
+            synchronize them. The model is then as it was.
 
     Source: Cakaj, Mehnert and Yang, IJCNN 2023; the initial scales are a choice made here.
     """
-    if steepness <= 0:
-        raise ValueError(f"steepness must be positive, got {steepness}")
+    if steepness <= 0 or (steepness != 1 and b != "auto"):
+        raise ValueError(f"steepness must be positive, and goes with b='auto', got {steepness} and b={b}")
+    if learnable and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "compand the model before DistributedDataParallel, which does not synchronize a and b otherwise"
+        )
     chosen = list(_weights(model, include, tuple(exclude)))
     if not chosen:
         raise ValueError(f"{type(model).__name__} has no weight to compand: none is left of the modules asked for")
     _check_owners(model, chosen)
+    limit = shape_of(kind).limit
     companders = []
     for weight in chosen:
-        scale_a = _auto_scale(weight.tensor.detach(), SHAPES[kind].limit, per_channel) if a == "auto" else a
-        scale_b = scale_a / steepness if b == "auto" else b
+        scale_a = _automatic(weight, limit, per_channel) if a == "auto" else _given(a, weight, per_channel)
+        scale_b = scale_a / steepness if b == "auto" else _given(b, weight, per_channel)
         compander = WeightCompander(scale_a, scale_b, learnable=learnable, kind=kind).to(weight.tensor)
         companders.append((weight, compander, _start(weight, compander, keep_function)))
     for weight, compander, start in companders:  # nothing was changed before all of them turned out to be possible
@@ -235,6 +164,7 @@ class CompandedWeight:
     Attributes:
         a: scale of the weights, a list if there is one per channel.
         b: scale of the trained values, likewise.
+        bound: what the weights stay below, the largest of them if there is one per channel.
         largest: largest magnitude of a weight.
         near_zero: share of weights below the threshold in magnitude.
         saturated: share of weights above 95 % of their bound.
@@ -242,6 +172,7 @@ class CompandedWeight:
 
     a: float | list[float]
     b: float | list[float]
+    bound: float
     largest: float
     near_zero: float
     saturated: float
@@ -262,40 +193,40 @@ def compander_report(model: nn.Module, near_zero: float = 0.01) -> dict[str, Com
         report[name] = CompandedWeight(
             a=a if len(a) > 1 else a[0],
             b=b if len(b) > 1 else b[0],
+            bound=float(compander.bound.max()),
             largest=float(magnitude.max()),
-            near_zero=float((magnitude < near_zero).double().mean()),
-            saturated=float((magnitude > 0.95 * compander.bound).double().mean()),
+            near_zero=float((magnitude < near_zero).float().mean()),
+            saturated=float((magnitude > 0.95 * compander.bound).float().mean()),
         )
     return report
 
 
 class _Weight(NamedTuple):
-    """A tensor to compand."""
+    """A tensor to compand; ``channels`` is its axis of output channels."""
 
     name: str
     module: nn.Module
     attribute: str
     tensor: Tensor
+    channels: int
 
 
 def _weights(model: nn.Module, include: Iterable[str] | None, exclude: tuple[str, ...]) -> Iterator[_Weight]:
     """The tensors of the modules asked for, each module once."""
-    if include is None:
-        kinds = (nn.Linear, _ConvNd, nn.MultiheadAttention)
-        named = plain_modules(model)
-        modules = {name: named[name] for name in named if isinstance(named[name], kinds)}
-    else:
-        modules = match_modules(model, *include)
-    seen = set(match_modules(model, *exclude).values()) if exclude else set()
-    for name, module in modules.items():
-        if module in seen:
+    named = plain_modules(model) if include is None else match_modules(model, *(patterns := tuple(include)))
+    in_full = frozenset() if include is None else frozenset(patterns)
+    seen = {unwrap(module) for module in match_modules(model, *exclude).values()} if exclude else set()
+    for name, wrapped in named.items():
+        module = unwrap(wrapped)
+        if module in seen or not (name in in_full or isinstance(module, nn.Linear | _ConvNd | nn.MultiheadAttention)):
             continue
         seen.add(module)
         projections = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         for attribute in projections if isinstance(module, nn.MultiheadAttention) else ("weight",):
             tensor = getattr(module, attribute, None)
             if isinstance(tensor, Tensor):
-                yield _Weight(f"{name}.{attribute}".lstrip("."), module, attribute, tensor)
+                channels = 1 if isinstance(module, _ConvTransposeNd) else 0
+                yield _Weight(f"{name}.{attribute}".lstrip("."), module, attribute, tensor, channels)
 
 
 def _check_owners(model: nn.Module, chosen: list[_Weight]) -> None:
@@ -306,21 +237,34 @@ def _check_owners(model: nn.Module, chosen: list[_Weight]) -> None:
     for weight in chosen:
         if parametrize.is_parametrized(weight.module, weight.attribute):
             raise ValueError(f"{weight.name} is parametrized already: remove that first")
+        if id(weight.tensor) not in owners:
+            raise ValueError(f"{weight.name} is no parameter, so that nothing would train it")
         if len(names := owners[id(weight.tensor)]) > 1:
             raise ValueError(
                 f"{' and '.join(names)} are one tensor, which would be companded for one of them only: exclude it"
             )
 
 
-def _auto_scale(weight: Tensor, limit: float, per_channel: bool) -> Tensor:
+def _automatic(weight: _Weight, limit: float, per_channel: bool) -> Tensor:
     """Four times the root mean square, but so much that the largest weight stays below five sixths of the bound.
 
     A tensor of zeros, as residual branches often start with, has the scale of a usual initialization.
     """
-    rest = tuple(range(1, weight.dim())) if per_channel else tuple(range(weight.dim()))
-    size = weight.square().mean(rest, keepdim=per_channel).sqrt()
-    size = torch.where(size > 0, size, weight[0].numel() ** -0.5)
-    return torch.maximum(4 * size, 1.2 / limit * weight.abs().amax(rest, keepdim=per_channel))
+    values = weight.tensor.detach()
+    rest = tuple(axis for axis in range(values.dim()) if not (per_channel and axis == weight.channels))
+    size = values.square().mean(rest, keepdim=per_channel).sqrt()
+    size = torch.where(size > 0, size, (values.numel() / values.shape[weight.channels]) ** -0.5)
+    return torch.maximum(4 * size, 1.2 / limit * values.abs().amax(rest, keepdim=per_channel))
+
+
+def _given(scale: Scale, weight: _Weight, per_channel: bool) -> Tensor:
+    """A scale that was asked for, for each channel if there is one for each."""
+    values = weight.tensor.detach()
+    value = torch.as_tensor(scale(values) if callable(scale) else scale)
+    if not per_channel:
+        return value
+    one_each = [size if axis == weight.channels else 1 for axis, size in enumerate(values.shape)]
+    return value.expand(torch.broadcast_shapes(value.shape, one_each)).clone()
 
 
 def _start(weight: _Weight, compander: WeightCompander, keep_function: bool) -> Tensor:
@@ -335,7 +279,8 @@ def _start(weight: _Weight, compander: WeightCompander, keep_function: bool) -> 
 
 def _companded(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, WeightCompander]]:
     """Name, module, attribute and reparametrization of every companded weight."""
-    for name, module in plain_modules(model).items():
+    for name, wrapped in plain_modules(model).items():
+        module = unwrap(wrapped)
         if not parametrize.is_parametrized(module):
             continue
         parametrizations = module.parametrizations
