@@ -199,9 +199,12 @@ from torch import nn
 from poise.core import OrthogonalRegularizer, conv_singular_values, orthogonal_obstacle
 
 model = nn.Sequential(
-    nn.Conv2d(3, 16, 3, padding=1, padding_mode="circular"), nn.ReLU(),
-    nn.Conv2d(16, 32, 3, stride=2, padding=1, padding_mode="circular"), nn.ReLU(),
-    nn.Flatten(), nn.Linear(32 * 8 * 8, 10),
+    nn.Conv2d(3, 16, 3, padding=1, padding_mode="circular"),
+    nn.ReLU(),
+    nn.Conv2d(16, 32, 3, stride=2, padding=1, padding_mode="circular"),
+    nn.ReLU(),
+    nn.Flatten(),
+    nn.Linear(32 * 8 * 8, 10),
 )
 orthogonality = OrthogonalRegularizer(model, weight=0.1)
 optimizer = torch.optim.Adam(model.parameters())
@@ -415,7 +418,10 @@ rebuilt.load_state_dict(student.state_dict())
 import torch
 from torch import nn
 from poise.core import (
-    apply_weight_compander, compander_report, remove_weight_compander, weight_compander_param_groups,
+    apply_weight_compander,
+    compander_report,
+    remove_weight_compander,
+    weight_compander_param_groups,
 )
 
 model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 10))

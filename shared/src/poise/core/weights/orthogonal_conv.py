@@ -21,8 +21,8 @@ size N of the output :math:`\|\mathcal{K}\mathcal{K}^\top - I\|_F^2 = N^2 L_{ort
 >>> conv_orth_loss(orthogonal_conv_init_(torch.empty(16, 3, 3, 3))).item() < 1e-10
 True
 
-The loss is computed at the frequencies of the smallest circle on which kernels do not meet themselves, where the theorem makes
-it a sum of small Gram matrices; the correlation of the kernel with itself in space gives the same number in more time.
+The loss is a sum of small Gram matrices: over the frequencies of the smallest circle on which kernels do not meet themselves, or
+over the shifts at which taps meet, whichever takes fewer multiplications (:mod:`poise.core.weights.conv_gram`).
 """
 
 import math
@@ -38,12 +38,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from poise.core.functional import orthonormality
-from poise.core.functional._numerics import full_precision, safe_sqrt, widen
+from poise.core.functional._numerics import safe_sqrt, widen
 from poise.core.names import match_modules, plain_modules, unwrap
 from poise.core.penalty import Penalty
 from poise.core.schedule import Schedule
 from poise.core.weights.conv_geometry import ConvGeometry, Size
-from poise.core.weights.conv_spectrum import angles, transform
+from poise.core.weights.conv_gram import gram_residual
 
 Regime = Literal["auto", "rows", "columns"]
 Convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -92,14 +92,11 @@ def conv_orth_loss(
     if regime not in ("auto", "rows", "columns"):
         raise ValueError(f"regime must be 'auto', 'rows' or 'columns', got {regime!r}")
     geometry = ConvGeometry.of(weight, stride, dilation, groups)
-    kernel = geometry.polyphase(widen(weight, "weight"))
     rows, columns, reached = geometry.out_channels, geometry.columns, geometry.reached
     # ||A A^* - I||^2 = ||A^* A - I||^2 + rows - columns; columns that are zero count as they are, each for 1.
     beyond = {"auto": max(0, rows - columns), "rows": 0, "columns": rows - columns}[regime]
     constant = groups * (max(0, rows - reached) - beyond)
-    if rows > reached:
-        kernel = kernel.transpose(1, 2)
-    square = _mean_gram_residual(kernel)
+    square = gram_residual(widen(weight, "weight"), geometry)
     if constant:
         square = square + constant
     if squared:
@@ -321,34 +318,3 @@ def _kernel(layer: nn.Module) -> tuple[Tensor, dict[str, Any]]:
         return layer.weight.unsqueeze(-1), {}
     assert isinstance(layer, _ConvNd)
     return layer.weight, {"stride": layer.stride, "dilation": layer.dilation, "groups": layer.groups}
-
-
-def _mean_gram_residual(kernel: Float[Tensor, "groups rows columns *taps"]) -> Float[Tensor, ""]:
-    r""":math:`\sum_g \frac{1}{n} \sum_f \|\hat K_f \hat K_f^* - I\|_F^2` over the n frequencies of the smallest circle on which the
-    theorem holds, :math:`n = \prod_i (2 t_i - 1)` for t taps."""
-    taps = kernel.shape[3:]
-    if math.prod(taps) == 1:
-        return orthonormality(kernel.flatten(2), along="rows", squared=True).sum()
-    circle = [2 * size - 1 for size in taps]
-    frequencies = [
-        torch.arange(1 - size, size, dtype=kernel.dtype, device=kernel.device) / n
-        for size, n in zip(taps, circle, strict=True)
-    ]
-    # From the lowest to the highest: at the opposite of a frequency a real kernel has the conjugate matrix, so that the first half
-    # of them is enough. The last of that half is frequency 0.
-    half = angles(frequencies, taps)[: (math.prod(circle) + 1) // 2]
-    with full_precision(kernel):
-        parts = transform(kernel, half).flatten(0, 1)
-        real, imaginary = parts.unbind(-2)
-        both = parts.flatten(-2)
-        gram = both @ both.mT - torch.eye(both.shape[-2], dtype=both.dtype, device=both.device)
-        cross = imaginary @ real.mT
-        cross = cross - cross.mT
-        square = 2 * (_square(gram) + _square(cross)) - _square(gram[-len(kernel) :])  # frequency 0 is its own opposite
-    return square / math.prod(circle)
-
-
-def _square(x: Tensor) -> Tensor:
-    """The sum of squares, as a product that keeps no squares for the backward pass."""
-    flat = x.flatten()
-    return flat.dot(flat)
