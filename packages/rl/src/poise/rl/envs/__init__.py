@@ -1,0 +1,1 @@
+"""Environments: action spaces, exact states, resumable episodes, dm_control."""

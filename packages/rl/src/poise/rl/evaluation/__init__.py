@@ -1,0 +1,1 @@
+"""How good is a policy, and how wrong is its critic?"""

@@ -1,0 +1,1 @@
+"""One readable experiment per method."""

@@ -1,0 +1,1 @@
+"""Transitions on which agents learn."""

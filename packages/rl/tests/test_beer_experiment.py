@@ -1,0 +1,100 @@
+"""The BEER experiment: every preset trains at its published sizes, arms share their data, and a killed run resumes bit-identically."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from poise.core.lab import ArmResult, Run
+from poise.rl.experiments import beer as experiment
+from poise.rl.experiments.beer import ARMS, EXPERIMENT
+
+TINY = {"batch": 16, "hidden": (16, 16), "bias_states": 4, "horizon": 20, "sample": 32, "episodes": 1}
+QUICK = replace(EXPERIMENT.presets["quick"], **TINY, steps=6, evaluate_every=2, logged=300)
+CONTROL = replace(EXPERIMENT.presets["control"], **TINY, steps=12, start_steps=20, evaluate_every=6)
+MEASURED = {
+    "rank",
+    "cosine",
+    "target_cosine",
+    "bound",
+    "excess",
+    "own_excess",
+    "mean_excess",
+    "mean_above_bound",
+    "above_bound",
+    "head_norm",
+}
+
+
+def train(config, arm, folder, **arguments):
+    run = Run.scratch(folder / arm, **arguments)
+    metrics = EXPERIMENT.run(config, arm, run)
+    assert all(np.isfinite(value) for value in metrics.values())
+    return ArmResult(arm, metrics, run.dir)
+
+
+def test_every_arm_learns_values_and_all_are_compared(tmp_path):
+    results = {arm: train(QUICK, arm, tmp_path) for arm in ARMS}
+    assert all(result.metrics.keys() == MEASURED | {"q_bias", "q_error"} for result in results.values())
+    for claim in EXPERIMENT.claims:
+        assert "quick" not in claim.presets or claim.metric in results[claim.arm].metrics
+    EXPERIMENT.compare(QUICK, results, Run.scratch(tmp_path / "compare"))
+    assert {path.name for path in (tmp_path / "compare" / "figures").iterdir()} == {"arms.png", "values.png"}
+    exact = [result.load("values")["returns"] for result in results.values()]
+    assert all(torch.equal(exact[0], other) for other in exact), "the policy is the same, and so are the states"
+
+
+@pytest.mark.parametrize("arm", ["baseline", "strong_beer", "infer"])
+def test_agents_learn_to_act(arm, tmp_path):
+    result = train(CONTROL, arm, tmp_path)
+    assert result.metrics.keys() == MEASURED | {"q_bias", "q_error", "return"}
+    assert len(result.load("curves")["step"]) == 2
+
+
+def test_weight_zero_is_the_baseline(tmp_path):
+    plain, zero = train(QUICK, "baseline", tmp_path), train(replace(QUICK, beta=0.0), "beer", tmp_path)
+    assert plain.metrics == zero.metrics
+
+
+def test_lunar_lander_learns_with_discrete_actions(tmp_path):
+    pytest.importorskip("Box2D")
+    config = replace(EXPERIMENT.presets["lunar-lander"], **TINY, steps=60, start_steps=30, evaluate_every=30)
+    for arm in ("baseline", "beer", "infer"):
+        assert train(config, arm, tmp_path).metrics.keys() == MEASURED | {"return"}
+
+
+def test_paper_preset_takes_steps_at_the_published_sizes(tmp_path):
+    pytest.importorskip("dm_control")
+    paper = EXPERIMENT.presets["paper"]
+    assert (paper.batch, paper.hidden, paper.buffer, paper.start_steps) == (256, (256, 256), 1_000_000, 25_000)
+    assert paper.start_steps + paper.steps == 1_000_000
+    config = replace(paper, steps=4, start_steps=30, evaluate_every=4, episodes=1, bias_states=2, horizon=10, sample=32)
+    assert "return" in train(config, "beer", tmp_path).metrics
+
+
+@pytest.mark.parametrize("config", [QUICK, CONTROL], ids=["quick", "control"])
+@pytest.mark.parametrize("arm", ["strong_beer", "infer"])
+def test_an_interrupted_run_resumes_bit_identically(config, arm, tmp_path, monkeypatch):
+    config = replace(config, evaluate_every=max(1, config.steps // 4))
+    monkeypatch.setattr("poise.core.lab.run.CHECKPOINT_SECONDS", 0.0)
+    whole = train(config, arm, tmp_path / "whole")
+
+    class KilledError(Exception):
+        pass
+
+    note, calls = experiment.note, []
+
+    def killed(*arguments, **metrics):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KilledError
+        note(*arguments, **metrics)
+
+    monkeypatch.setattr(experiment, "note", killed)
+    with pytest.raises(KilledError):
+        train(config, arm, tmp_path / "killed")
+    monkeypatch.setattr(experiment, "note", note)
+    resumed = train(config, arm, tmp_path / "killed")
+    assert resumed.metrics == whole.metrics
+    assert (resumed.dir / "metrics.jsonl").read_bytes() == (whole.dir / "metrics.jsonl").read_bytes()
