@@ -1,0 +1,1 @@
+"""Experiments of poise.medical, one file per method."""
