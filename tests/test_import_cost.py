@@ -14,7 +14,6 @@ HEAVY = {
     "accelerate",
     "diffusers",
     "faiss",
-    "gymnasium",
     "jax",
     "matplotlib",
     "monai",
