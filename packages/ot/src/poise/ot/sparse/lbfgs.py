@@ -31,6 +31,7 @@ from torch import Tensor
 
 SUFFICIENT_DECREASE = 1e-4  # c1 of the Wolfe conditions
 CURVATURE = 0.9  # c2
+OVERSHOOT = 2.0  # how much steeper a trial may climb than the search fell; beside a kink nothing flatter is near
 TRIALS = 20  # of one line search before it counts as failed
 EXPANSION = 4.0  # of the step while no upper end of the bracket is known
 
@@ -175,7 +176,8 @@ def _advance(objective: Objective, state: _State) -> Bool[Tensor, " batch"]:
     rounding = 4 * torch.finfo(f.dtype).eps * state.f.abs()
     decreased = f <= state.f + SUFFICIENT_DECREASE * state.step * state.slope
     level = (f <= state.f + rounding) & (slope <= (2 * SUFFICIENT_DECREASE - 1) * state.slope)
-    accepted = (decreased | level) & (slope.abs() <= -CURVATURE * state.slope)
+    flat = (slope >= CURVATURE * state.slope) & (slope <= -OVERSHOOT * state.slope)
+    accepted = (decreased | level) & flat
     state.trials = state.trials + 1
     too_far = ~(decreased | (f <= state.f + rounding)) | (f > state.f_low + rounding)
     _tighten(state, f, slope, too_far)
