@@ -27,3 +27,6 @@ from poise.medical.mil.trainer import BagMetrics as BagMetrics
 from poise.medical.mil.trainer import MILTrainer as MILTrainer
 from poise.medical.mil.trainer import bag_metrics as bag_metrics
 from poise.medical.mil.transmil import TransMIL as TransMIL
+from poise.medical.mil.whole_slide import SlideTiles as SlideTiles
+from poise.medical.mil.whole_slide import Tile as Tile
+from poise.medical.mil.whole_slide import extract_features as extract_features

@@ -63,6 +63,8 @@ for batch in DataLoader(bags, batch_size=4, shuffle=True, collate_fn=collate_bag
             "poise.medical.tile_grid",
             "poise.medical.picture_tiles",
             "poise.medical.EfficientNetLite0",
+            "poise.medical.SlideTiles",
+            "poise.medical.extract_features",
         ),
         presets=("quick", "histology", "paper", "camelyon17", "bracs", "lct"),
         arms=(
