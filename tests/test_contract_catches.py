@@ -101,6 +101,7 @@ def test_a_lawful_penalty_keeps_every_law(law: Callable[[Sample], None]) -> None
             differentiable=(1,),
         ),
         function(in_full_precision),
+        function(lambda x: x * torch.as_tensor([1.0, 2.0, 3.0], dtype=x.dtype, device=x.device)),
         function(lambda x: checkpoint(lambda part: F.dropout(part.sin()), x, use_reentrant=False)),
         function(
             lambda x: input_gradient(x).square().sum(),
@@ -108,7 +109,7 @@ def test_a_lawful_penalty_keeps_every_law(law: Callable[[Sample], None]) -> None
             fake_cuda=False,
         ),
     ],
-    ids=["function", "dataclass", "partial", "generator", "autocast", "checkpoint", "gradient-inside"],
+    ids=["function", "dataclass", "partial", "generator", "autocast", "as-tensor", "checkpoint", "gradient-inside"],
 )
 def test_lawful_functions_keep_the_laws(law: Callable[[Sample], None], lawful: Sample) -> None:
     law(lawful)

@@ -2,7 +2,8 @@ r"""Choose layers by name and kind, read and replace them.
 
 A pattern is one of
 
-- ``"all-linear"``: every Linear and ``Conv1D`` layer, without output embeddings and layers with tied weights;
+- ``"all-linear"``: every Linear and ``Conv1D`` layer, without output embeddings and layers with tied weights; the query, key and
+  value projections of ``nn.MultiheadAttention`` are one parameter and no layer, so they are never among them;
 - a name or its end after a dot, ``"query"`` or ``"attention.query"``, as in ``target_modules`` of Hugging Face peft;
 - a glob on the same, where ``*`` stands for any part of one component and ``**`` for any number of components: ``"blocks.*.mlp.fc?"``;
 - a compiled regular expression, matched with the whole name;

@@ -112,7 +112,7 @@ class _FromData(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if func not in _MADE_FROM_DATA:
             return func(*args, **kwargs)
         device = kwargs.get("device")
@@ -126,10 +126,9 @@ class _FromData(TorchFunctionMode):
             return func(*args, **{**kwargs, "device": device})
         if isinstance(args[0], Tensor):
             return args[0].to(device=DEVICE, dtype=kwargs.get("dtype"))
-        requires_grad = kwargs.get("requires_grad", False)
-        return (
-            func(*args, **{**kwargs, "device": None, "requires_grad": False}).to(DEVICE).requires_grad_(requires_grad)
-        )
+        # as_tensor knows no requires_grad, so it is set at the end for all of them
+        requires_grad = kwargs.pop("requires_grad", False)
+        return func(*args, **{**kwargs, "device": None}).to(DEVICE).requires_grad_(requires_grad)
 
 
 def back_on_cpu(tensor: Tensor) -> Tensor:
