@@ -9,6 +9,7 @@ from pathlib import Path
 
 import new_method
 import pytest
+from try_recipes import PAGE, recipes
 
 ROOT = Path(new_method.ROOT)
 MARKER = "FILL IN"
@@ -186,3 +187,14 @@ def test_no_skeleton_is_left_in_the_tree() -> None:
         if MARKER in line
     ]
     assert not left, "these places of a new method wait to be written:\n" + "\n".join(left)
+
+
+def test_every_recipe_says_what_it_installs() -> None:
+    found = recipes(PAGE.read_text(encoding="utf-8"))
+    assert len(found) == 6
+    assert all(need == "timm" or (ROOT / need).is_dir() for recipe in found for need in recipe.needs)
+
+
+def test_a_recipe_without_code_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 sections, but 0"):
+        recipes("# Recipes\n\n## One\n\n```sh\npip install ./shared\n```\n")
