@@ -4,9 +4,7 @@ The layout is that of ``VOCdevkit/VOC2012``: ``JPEGImages``, ``SegmentationClass
 ``ImageSets/Segmentation/trainaug.txt``; pseudo labels are PNG files of the same names in a folder of their own.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 import torch
@@ -53,17 +51,8 @@ class Masks:
     def __len__(self) -> int:
         return len(self.paths)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return [_mask(path) for path in self.paths[index]]
+    def __getitem__(self, index: int) -> Tensor:
         return _mask(self.paths[index])
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return map(_mask, self.paths)
 
 
 class VOCPseudoLabels(Dataset[tuple[Tensor, int]]):

@@ -12,7 +12,7 @@ r"""Consistency of predictions at several scales, and ADELE's loss.
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -150,7 +150,7 @@ class AdeleLoss(nn.Module):
         self.register_parameter("weights", nn.Parameter(torch.ones(scales)) if learn_weights else None)
         self.cross_entropy = None
 
-    def forward(self, logits_list: Sequence[Float[Tensor, "..."]], labels: Integer[Tensor, "..."]) -> Float[Tensor, ""]:
+    def forward(self, logits_list: Sequence[Float[Tensor, "..."]], labels: Shaped[Tensor, "..."]) -> Float[Tensor, ""]:
         """The loss of a batch.
 
         Args:

@@ -12,9 +12,9 @@
 ([[0, 0], [0, 0]], [[1, 1], [0, 0]], [[2, 0], [0, 0]])
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,15 @@ from poise.core.memory.samples import SampleBank
 from poise.core.memory.storage import DenseRows
 from poise.medical.segmentation.adele.checks import check_labels, check_probabilities, check_spatial
 from poise.medical.segmentation.adele.correction import IGNORE, MEDICAL, Correction, Prediction, check_triggered
+
+
+@runtime_checkable
+class Masks(Protocol):
+    """N masks, tensors or arrays, such as a list or a data set that reads one at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class LabelStore(nn.Module):
@@ -55,7 +64,7 @@ class LabelStore(nn.Module):
 
     def __init__(
         self,
-        labels: Tensor | Sequence[Any],
+        labels: Tensor | Masks,
         num_classes: int,
         *,
         folder: str | Path | None = None,
@@ -138,6 +147,10 @@ class LabelStore(nn.Module):
         self._write(self.predicted, index, label.to(torch.uint8), 0)
         self._write(self.confidence, index, torch.stack([foreground, background], 1).half(), 0)
 
+    def prediction(self, index: Integer[Tensor, " batch"]) -> Prediction:
+        """Summaries that were remembered, of smaller images padded with 0; of samples without one all 0."""
+        return Prediction(self.predicted.read(index), *self.confidence.read(index).unbind(1))
+
     @torch.no_grad()
     def correct(self, triggered: Bool[Tensor, " classes"], how: Correction = MEDICAL, chunk: int = 256) -> int:
         """Correct the masks in use by the remembered predictions; samples without one stay as they are.
@@ -162,8 +175,7 @@ class LabelStore(nn.Module):
             crop: Any = (..., *(slice(side) for side in size.tolist()))
             for index in of_this_size.nonzero()[:, 0].split(chunk):
                 before = self.labels.read(index)
-                confidence = self.confidence.read(index)
-                prediction = Prediction(self.predicted.read(index)[crop], *confidence[crop].unbind(1))
+                prediction = Prediction(*(part[crop] for part in self.prediction(index)))
                 after = before.clone()
                 after[crop] = how(before[crop], prediction, triggered)
                 changed += (after != before).sum()
@@ -197,12 +209,12 @@ class LabelStore(nn.Module):
         return self.sizes.shape[1]
 
 
-def _masks(labels: Tensor | Sequence[Any]) -> Iterator[Tensor]:
+def _masks(labels: Tensor | Masks) -> Iterator[Tensor]:
     for index in range(len(labels)):
         mask = labels[index]
         yield torch.from_numpy(np.ascontiguousarray(mask)) if isinstance(mask, np.ndarray) else mask
 
 
-def _batches(labels: Tensor | Sequence[Any], size: int = 256) -> Iterator[Tensor]:
+def _batches(labels: Tensor | Masks, size: int = 256) -> Iterator[Tensor]:
     """Masks with a batch dimension: many of a tensor, one of a sequence, where they may differ in size."""
     yield from labels.split(size) if isinstance(labels, Tensor) else (mask[None] for mask in _masks(labels))
