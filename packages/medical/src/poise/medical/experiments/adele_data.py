@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Batch(NamedTuple):
     original: Tensor
 
 
+@runtime_checkable
 class Task(Protocol):
     """A training set whose masks are in a store, and a test set.
 

@@ -33,14 +33,16 @@ def iou_curves(detector: MemorizationDetector, names: Sequence[str]) -> "Figure"
     for index, name in enumerate(names[1:], start=1):
         colour = f"C{index - 1}"
         values, trigger = history[:, index], int(detector.trigger_epochs[index])
-        axes.plot(interval * np.arange(1, len(values) + 1), values, ".", color=colour, markersize=3, alpha=0.6)
         known = values if trigger < 0 else values[: round((trigger + 1) / interval)]
         start = flat_start(known) if detector.skip_flat else 0
         label = f"{name}: not triggered" if trigger < 0 else f"{name}: after epoch {trigger + 1}"
+        axes.plot(
+            interval * np.arange(1, len(values) + 1), values, ".", color=colour, markersize=3, alpha=0.6, label=label
+        )
         if len(known) - start >= FEWEST:
             curve = fit_iou_curve(known[start:], np.linspace(0, interval * (len(known) - start), len(known) - start))
             t = np.linspace(0, interval * (len(values) - start), 200)
-            axes.plot(t + interval * start, curve(t), color=colour, label=label)
+            axes.plot(t + interval * start, curve(t), color=colour)
         if trigger >= 0:
             axes.axvline(trigger + 1, color=colour, linestyle=":", linewidth=1)
     axes.set(
