@@ -85,7 +85,7 @@ def test_labels_are_corrected_in_the_arms_that_say_so(tmp_path, monkeypatch):
 
 
 def test_masks_of_digits_are_where_the_ink_is_and_training_masks_are_worse():
-    task = digit_masks(0, 20, 10, "mixed")
+    task = digit_masks(0, (0, 1, 2, 3), 20, 10, "mixed")
     clean, given = task.clean(torch.arange(20)), task.store.read(torch.arange(20))
     assert all(len(mask.unique()) == 2 for mask in clean)
     assert not torch.equal(clean, given)
@@ -97,14 +97,14 @@ def test_masks_of_digits_are_where_the_ink_is_and_training_masks_are_worse():
 
 
 def test_dilated_masks_are_the_true_ones_and_two_pixels_around():
-    task = digit_masks(0, 10, 5, "dilated")
+    task = digit_masks(0, (0, 1, 2, 3), 10, 5, "dilated")
     clean, given = task.clean(torch.arange(10)), task.store.read(torch.arange(10))
     around = torch.nn.functional.max_pool2d(clean[:, None].float(), 5, 1, 2)[:, 0].long()
     assert torch.equal(given, around)
     with pytest.raises(ValueError, match="noise must be"):
-        digit_masks(0, 10, 5, "eroded")
+        digit_masks(0, (0, 1, 2, 3), 10, 5, "eroded")
     with pytest.raises(ValueError, match="not 4000"):
-        digit_masks(0, 2000, 2000, "mixed")
+        digit_masks(0, (0, 1, 2, 3), 2000, 2000, "mixed")
 
 
 def test_mixed_noise_shrinks_grows_or_moves_a_mask():
@@ -239,6 +239,6 @@ def test_training_starts_from_given_weights(tmp_path):
     torch.manual_seed(0)
     weights = UNet(1, 5, 4, 2, QUICK.norm).state_dict()
     torch.save(weights, tmp_path / "start.pt")
-    task = digit_masks(0, 4, 4, "mixed")
+    task = digit_masks(0, (0, 1, 2, 3), 4, 4, "mixed")
     model = experiment.build(replace(QUICK, weights=str(tmp_path / "start.pt")), task)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())

@@ -72,6 +72,7 @@ class Config:
 
     Attributes:
         data: digits, SegTHOR slices or PASCAL VOC.
+        digits: which of them there are.
         train: training images (digits).
         test: test images (digits).
         size: side of slices (SegTHOR) or of training crops (PASCAL VOC).
@@ -96,6 +97,7 @@ class Config:
     """
 
     data: Literal["digits", "segthor", "pascal"] = "digits"
+    digits: tuple[int, ...] = (0, 1)
     train: int = 60
     test: int = 200
     size: int = 256
@@ -104,9 +106,9 @@ class Config:
     levels: int = 3
     norm: Literal["batch", "instance"] = "instance"
     weights: str = ""
-    epochs: int = 100
-    batch_size: int = 10
-    learning_rate: float = 0.05
+    epochs: int = 40
+    batch_size: int = 5
+    learning_rate: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 0.0
     power: float = 0.0
@@ -122,7 +124,7 @@ class Config:
 def load(config: Config, arm: Arm, run: Run) -> Task:
     """Images and masks; the same for all arms of a seed but for ``dilated``."""
     if config.data == "digits":
-        return digit_masks(run.seed, config.train, config.test, "dilated" if arm.dilated else "mixed")
+        return digit_masks(run.seed, config.digits, config.train, config.test, "dilated" if arm.dilated else "mixed")
 
     def read(path: Path) -> Task:
         """SegTHOR's patients, or VOC2012."""
@@ -343,7 +345,7 @@ EXPERIMENT = Experiment(
             width=64,
             levels=4,
             norm="batch",
-            batch_size=5,
+            epochs=100,
             learning_rate=0.01,
             momentum=0.99,
             correct_every=10,
@@ -355,6 +357,7 @@ EXPERIMENT = Experiment(
             size=448,
             width=64,
             epochs=19,  # 20,000 steps
+            batch_size=10,
             learning_rate=1e-3,
             weight_decay=5e-4,
             power=0.9,

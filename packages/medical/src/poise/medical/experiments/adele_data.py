@@ -16,7 +16,6 @@ from poise.medical.segmentation.noise import random_under_over
 from poise.medical.segmentation.segthor import PATIENTS, SegTHORSlices
 from poise.medical.segmentation.voc import VOCCrops, VOCPseudoLabels
 
-DIGITS = (0, 1, 2, 3)
 SIDE, MARGIN = 32, 2
 SHIFT = 2
 INK = 0.35
@@ -117,11 +116,12 @@ class MaskedImages:
             yield self._test_images(index), self._test_masks[index].long()
 
 
-def digit_masks(seed: int, train: int, test: int, noise: str) -> MaskedImages:
-    """Handwritten digits from 0 to 3, enlarged to 32 x 32 and noisy; the class of a pixel is that of its digit where there is ink.
+def digit_masks(seed: int, digits: tuple[int, ...], train: int, test: int, noise: str) -> MaskedImages:
+    """Handwritten digits, enlarged to 32 x 32 and noisy; the class of a pixel is that of its digit where there is ink.
 
     Args:
-        seed: of the choice of digits and of all noise.
+        seed: of the choice of images and of all noise.
+        digits: which of them; each is a class.
         train: training images.
         test: test images, with true masks.
         noise: how training masks are drawn: ``"mixed"``, each eroded by 1, dilated by 2 or by 3, or shifted by 2 pixels at random, or
@@ -133,17 +133,18 @@ def digit_masks(seed: int, train: int, test: int, noise: str) -> MaskedImages:
     if noise not in ("mixed", "dilated"):
         raise ValueError(f"noise must be 'mixed' or 'dilated', got {noise!r}")
     data = mnist5k()
-    choice = torch.isin(data.targets, torch.tensor(DIGITS)).nonzero()[:, 0]
+    choice = torch.isin(data.targets, torch.tensor(digits)).nonzero()[:, 0]
     if train + test > len(choice):
-        raise ValueError(f"there are {len(choice)} digits from 0 to 3, not {train + test}")
+        raise ValueError(f"there are {len(choice)} digits {digits}, not {train + test}")
     order = torch.randperm(len(choice), generator=derive_generator(seed, "digits"))[: train + test]
-    digits, names = data.inputs[choice[order]], data.targets[choice[order]]
-    trimmed = digits[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
+    written = data.inputs[choice[order]]
+    names = (data.targets[choice[order], None] == torch.tensor(digits)).long().argmax(1)
+    trimmed = written[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
     ink = F.interpolate(trimmed, (SIDE, SIDE), mode="bilinear", align_corners=False).clamp(0, 1)
     shown = ink + 0.15 * torch.randn(ink.shape, generator=derive_generator(seed, "sensor"))
     clean = torch.where(ink[:, 0] > INK, names[:, None, None] + 1, 0)
     drawn = torch.stack([badly_drawn(mask, seed, place, noise) for place, mask in enumerate(clean[:train])])
-    classes = ("background", *(str(digit) for digit in DIGITS))
+    classes = ("background", *(str(digit) for digit in digits))
     return MaskedImages(
         classes, shown[:train].__getitem__, clean[:train], drawn, shown[train:].__getitem__, clean[train:]
     )
