@@ -33,7 +33,7 @@ from poise.medical.experiments.adele_data import PascalTask, Task, digit_masks, 
 from poise.medical.experiments.adele_measures import MEASURES, early_learning, epoch_measures, final_measures
 from poise.medical.experiments.adele_networks import DeepLabV1, UNet
 from poise.medical.segmentation.adele.consistency import AdeleLoss
-from poise.medical.segmentation.adele.correction import MEDICAL, PASCAL
+from poise.medical.segmentation.adele.correction import MEDICAL, PASCAL, Prediction
 from poise.medical.segmentation.adele.detector import MemorizationDetector
 from poise.medical.segmentation.adele.iou import StreamingIoU
 from poise.medical.segmentation.adele.multiscale import SCALES, multiscale_forward, multiscale_probabilities
@@ -204,7 +204,7 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
         probabilities = logits[len(scales) // 2].detach().softmax(1)
         if task.aligned:
             store.remember(index, probabilities)
-        iou.update(probabilities.argmax(1), original if pascal else labels)
+        iou.update(Prediction.of(probabilities).label, original if pascal else labels)
         if (place + 1) % per_value == 0:
             values = iou.compute()
             detector.record(values if judged == classes else torch.stack([values[0], values[1:].mean()]))

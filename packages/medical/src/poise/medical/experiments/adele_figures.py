@@ -39,10 +39,12 @@ def iou_curves(detector: MemorizationDetector, names: Sequence[str]) -> "Figure"
         axes.plot(
             interval * np.arange(1, len(values) + 1), values, ".", color=colour, markersize=3, alpha=0.6, label=label
         )
-        if len(known) - start >= FEWEST:
-            curve = fit_iou_curve(known[start:], np.linspace(0, interval * (len(known) - start), len(known) - start))
+        count = len(known) - start
+        if count >= FEWEST:
+            curve = fit_iou_curve(known[start:], np.linspace(0, interval * count, count))
             t = np.linspace(0, interval * (len(values) - start), 200)
-            axes.plot(t + interval * start, curve(t), color=colour)
+            # The fit's time begins at the first value that it sees, and runs to the last in one step more than there are.
+            axes.plot(interval * (start + 1) + t * (count - 1) / count, curve(t), color=colour)
         if trigger >= 0:
             axes.axvline(trigger + 1, color=colour, linestyle=":", linewidth=1)
     axes.set(
@@ -114,9 +116,7 @@ def _grid(rows: Mapping[str, list[Tensor]], classes: int) -> "Figure":
                 axes.imshow(pixels.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
             else:
                 visible = np.ma.masked_equal(picture.numpy(), 255)
-                axes.imshow(
-                    visible, cmap="tab10" if classes <= 10 else "tab20", vmin=0, vmax=9 if classes <= 10 else 20
-                )
+                axes.imshow(visible, cmap="nipy_spectral", vmin=0, vmax=classes)
             axes.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, fontsize=9)
     return figure

@@ -39,8 +39,14 @@ class Prediction(NamedTuple):
 
     @staticmethod
     def of(probs: Float[Tensor, "..."]) -> "Prediction":
-        """Summary of probabilities (B, C, *S)."""
-        return Prediction(probs.argmax(1), probs[:, 1:].amax(1), probs[:, 0])
+        """Summary of probabilities (B, C, *S), of at most 255 classes; labels are uint8."""
+        classes, objects = probs.shape[1], probs[:, 1:]
+        foreground, background = objects.amax(1), probs[:, 0]
+        # argmax along a dimension that is not the last is many times slower on a CPU than these passes. The first of equals wins.
+        ranks = torch.arange(classes - 1, 0, -1, dtype=torch.uint8, device=probs.device)
+        first = (objects == foreground.unsqueeze(1)) * ranks.view(-1, *[1] * (probs.ndim - 2))
+        label = torch.where(foreground > background, classes - first.amax(1), 0)
+        return Prediction(label, foreground, background)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Correction:
         replace = confident.flatten(1) & possible.gather(1, predicted)
         if self.rule == "both":
             corrigible = torch.cat([allowed, allowed.new_zeros(IGNORE + 1 - len(allowed))])
-            replace &= corrigible[flat]
+            replace &= corrigible.take(flat)
         corrected = torch.where(replace, predicted, flat)
         if self.ignore_shrunk:
             corrected = corrected.masked_fill((flat != 0) & (predicted == 0), IGNORE)

@@ -25,7 +25,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from poise.medical.segmentation.adele.consistency import AdeleLoss
-from poise.medical.segmentation.adele.correction import MEDICAL, Correction
+from poise.medical.segmentation.adele.correction import MEDICAL, Correction, Prediction
 from poise.medical.segmentation.adele.detector import MemorizationDetector
 from poise.medical.segmentation.adele.iou import StreamingIoU
 from poise.medical.segmentation.adele.label_store import LabelStore
@@ -211,7 +211,7 @@ class AdeleTrainer:
         if stored:
             self.store.remember(index, self._refined(probabilities, images))
         judge = original if original is not None and self.judged_by == "original" else labels
-        self.iou.update(probabilities.argmax(1), judge.to(self.device))
+        self.iou.update(Prediction.of(probabilities).label, judge.to(self.device))
         return loss.detach()
 
     def record(self) -> Tensor:
