@@ -30,7 +30,13 @@ from poise.core.gpu import derive_generator
 from poise.core.lab import ArmResult, Claim, Experiment, Run
 from poise.medical.experiments import adele_figures as figures
 from poise.medical.experiments.adele_data import PascalTask, Task, digit_masks, segthor_slices
-from poise.medical.experiments.adele_measures import MEASURES, early_learning, epoch_measures, final_measures
+from poise.medical.experiments.adele_measures import (
+    MEASURES,
+    early_learning,
+    epoch_measures,
+    final_measures,
+    trigger_measures,
+)
 from poise.medical.experiments.adele_networks import DeepLabV1, UNet
 from poise.medical.segmentation.adele.consistency import AdeleLoss
 from poise.medical.segmentation.adele.correction import MEDICAL, PASCAL, Prediction
@@ -228,7 +234,7 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
 
     draw(arm, task, detector, history, run)
     metrics = final_measures(task, model, run.device, history) | early_learning(history)
-    return metrics | trigger_measures(detector, task, setup, config.epochs)
+    return metrics | trigger_measures(detector, task, config.epochs)
 
 
 @lru_cache(maxsize=1)
@@ -249,26 +255,6 @@ def predict(task: Task, model: nn.Module, device: torch.device) -> None:
     for images, index in task.images():
         probabilities = multiscale_probabilities(model, images.to(device), flip=True, temperature=3.0)
         task.store.remember(index, probabilities)
-
-
-def trigger_measures(detector: MemorizationDetector, task: Task, setup: Arm, epochs: int) -> dict[str, float]:
-    """How many classes were triggered, how far apart, and how many pixels of the others changed."""
-    triggered = detector.triggered[1:]
-    when = torch.where(triggered, detector.trigger_epochs[1:], epochs)
-    if setup.correction == "global":
-        triggered, when = triggered.expand(len(task.classes) - 1), when.expand(len(task.classes) - 1)
-    kept = torch.cat([torch.zeros(1, dtype=torch.bool), ~triggered])
-    changed = 0
-    for index in torch.arange(len(task.store)).split(64):
-        now, before = task.store.read(index), task.store.read_original(index)
-        touched = torch.isin(now, kept.nonzero()[:, 0]) | torch.isin(before, kept.nonzero()[:, 0])
-        changed += int(((now != before) & touched).sum())
-    return {
-        "triggered_classes": float(triggered.sum()),
-        "first_trigger": float(when.min()),
-        "trigger_spread": float(when.max() - when.min()),
-        "untriggered_changed": float(changed),
-    }
 
 
 # Figures

@@ -64,7 +64,8 @@ def histories(arms: Mapping[str, Tensor]) -> "Figure":
     for axes, name in zip(figure.subplots(1, len(TITLES)), reversed(TITLES), strict=True):
         for arm, history in arms.items():
             _plot(axes, history[:, MEASURES.index(name)], arm)
-        axes.set(xlabel="epoch", title=TITLES[name])
+        axes.set_xlabel("epoch")
+        axes.set_title(TITLES[name], fontsize=9)
     figure.axes[0].legend(frameon=False, fontsize=8)
     return figure
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from poise.medical.experiments.adele_data import Task
 from poise.medical.segmentation.adele.consistency import multiscale_consistency
+from poise.medical.segmentation.adele.detector import MemorizationDetector
 from poise.medical.segmentation.adele.iou import StreamingIoU
 from poise.medical.segmentation.adele.multiscale import multiscale_forward
 
@@ -97,6 +98,24 @@ def early_learning(history: Tensor) -> dict[str, float]:
         "clean_peak": float(peak + 1),
         "noisy_rise": float(noisy[-LAST:].mean() - noisy[peak]),
         "clean_fall": float(clean[peak] - clean[-LAST:].mean()),
+    }
+
+
+def trigger_measures(detector: MemorizationDetector, task: Task, epochs: int) -> dict[str, float]:
+    """How many classes were triggered, how far apart, and how many pixels of the others changed."""
+    classes = len(task.classes) - 1
+    triggered = detector.triggered[1:].expand(classes)  # a detector of one class stands for all
+    when = torch.where(triggered, detector.trigger_epochs[1:].expand(classes), epochs)
+    kept = 1 + (~triggered).nonzero()[:, 0]
+    changed = 0
+    for index in torch.arange(len(task.store)).split(64):
+        now, before = task.store.read(index), task.store.read_original(index)
+        changed += int(((now != before) & (torch.isin(now, kept) | torch.isin(before, kept))).sum())
+    return {
+        "triggered_classes": float(triggered.sum()),
+        "first_trigger": float(when.min()),
+        "trigger_spread": float(when.max() - when.min()),
+        "untriggered_changed": float(changed),
     }
 
 

@@ -164,7 +164,7 @@ class AdeleTrainer:
         self._nearest = min(range(len(scales)), key=lambda place: abs(scales[place] - 1))
         self.refine, self.refine_from = refine, refine_from
         self.schedule = CorrectionSchedule(store.num_classes, correct_every)
-        self.iou = StreamingIoU(store.num_classes)
+        self.iou = StreamingIoU(store.num_classes).to(self.device)
         self.epoch = 0
 
     @property
