@@ -8,12 +8,17 @@ from poise.core.testing import Sample, randn
 from poise.medical import (
     ABMIL,
     DSMIL,
+    AdeleLoss,
     AttentionEntropyLoss,
     GatedAttention,
+    MultiscaleConsistency,
     QueryAttention,
     Subsample,
     TransMIL,
     attention_entropy,
+    correct_labels,
+    multiscale_forward,
+    multiscale_probabilities,
 )
 
 MASK_IS_READ = "that every bag has an instance is read off the mask, which a fake tensor does not have"
@@ -100,4 +105,81 @@ AEM = (
     ),
 )
 
-SAMPLES: tuple[Sample, ...] = AEM
+
+class OfThreeScales(torch.nn.Module):
+    """A criterion of a list of logits, as a function of the three tensors in it."""
+
+    def __init__(self, criterion: torch.nn.Module) -> None:
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(
+        self, small: torch.Tensor, base: torch.Tensor, large: torch.Tensor, *labels: torch.Tensor
+    ) -> torch.Tensor:
+        return self.criterion([small, base, large], *labels)
+
+
+def three_logits(generator: torch.Generator, *labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Logits of two images of 3 x 4 pixels at three scales."""
+    return (*(randn(generator, 2, 3, 3, 4) for _ in range(3)), *labels)
+
+
+def masks(generator: torch.Generator) -> torch.Tensor:
+    """Labels of three classes, and an ignored pixel."""
+    labels = torch.randint(0, 3, (2, 3, 4), generator=generator)
+    labels[0, 0, 0] = 255
+    return labels
+
+
+ADELE = (
+    Sample(
+        name="adele/consistency",
+        build=lambda: OfThreeScales(MultiscaleConsistency(0.7, gate=0.0)),
+        inputs=three_logits,
+        differentiable=(0, 1, 2),
+    ),
+    Sample(
+        name="adele/loss",
+        build=lambda: OfThreeScales(AdeleLoss(0.7, gate=0.5)),
+        inputs=lambda generator: three_logits(generator, masks(generator)),
+        differentiable=(0, 1, 2),
+    ),
+    Sample(
+        name="adele/loss_learned_weights",
+        build=lambda: OfThreeScales(AdeleLoss(0.7, gate=0.0, learn_weights=True, average=False)).double(),
+        inputs=lambda generator: three_logits(generator, masks(generator)),
+        differentiable=(0, 1, 2),
+        parameters=True,
+    ),
+    Sample(
+        name="adele/forward",
+        build=lambda: partial(multiscale_forward, torch.nn.Conv2d(1, 3, 3, padding=1).double()),
+        inputs=lambda generator: (randn(generator, 2, 1, 10, 8),),
+    ),
+    Sample(
+        name="adele/forward_of_volumes",
+        build=lambda: partial(multiscale_forward, torch.nn.Conv3d(1, 2, 3, padding=1).double(), divisor=2),
+        inputs=lambda generator: (randn(generator, 1, 1, 4, 6, 4),),
+    ),
+    Sample(
+        name="adele/probabilities",
+        build=lambda: partial(multiscale_probabilities, torch.nn.Conv2d(1, 3, 3, padding=1).double(), flip=True),
+        inputs=lambda generator: (randn(generator, 2, 1, 8, 8),),
+        differentiable=(),
+        reason="predictions are made without gradients",
+    ),
+    Sample(
+        name="adele/correction",
+        build=lambda: partial(correct_labels, tau_fg=0.4, tau_bg=0.4),
+        inputs=lambda generator: (
+            masks(generator),
+            randn(generator, 2, 3, 3, 4).softmax(1),
+            torch.tensor([False, True, True]),
+        ),
+        differentiable=(),
+        fake_cuda=False,
+        reason="labels are integers, and that they are in range is read off them, which a fake tensor does not have",
+    ),
+)
+
+SAMPLES: tuple[Sample, ...] = AEM + ADELE

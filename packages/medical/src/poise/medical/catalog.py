@@ -107,4 +107,87 @@ for batch in DataLoader(bags, batch_size=4, shuffle=True, collate_fn=collate_bag
             "overfitting",
         ),
     ),
+    Method(
+        slug="adele",
+        package="medical",
+        title="Adaptive early-learning correction for segmentation (ADELE)",
+        kind="training",
+        problem="Train a segmentation network on masks that are badly drawn: too small, too large, or made from activation maps.",
+        summary=(
+            "Watches the training IoU of every class, finds when the class begins to be memorised, and from then on replaces its "
+            "masks by confident predictions, which consistency over scales keeps trustworthy."
+        ),
+        formula=(
+            r"f(t) = a\,(1 - e^{-t^b / c}), \qquad \text{correct class } c \text{ from } t^*: f'(t^*) \approx 0.1\, f'(1), \qquad "
+            r"L = \frac13 \Big( \sum_i CE(w_i z_i, y) + \lambda \sum_i KL(p_i \,\|\, q) \Big), \quad q = \sum_i w_i p_i"
+        ),
+        usage="""
+import torch
+from monai.networks.nets import UNet
+from poise.medical import AdeleTrainer, LabelStore, MemorizationDetector
+
+images, masks = torch.randn(8, 1, 32, 32), torch.randint(0, 3, (8, 32, 32))  # masks of a hurried annotator
+model = UNet(spatial_dims=2, in_channels=1, out_channels=3, channels=(8, 16, 32), strides=(2, 2))
+trainer = AdeleTrainer(
+    model,
+    torch.optim.SGD(model.parameters(), 0.01, momentum=0.99),
+    LabelStore(masks, num_classes=3),
+    MemorizationDetector(num_classes=3, total_epochs=5),
+    divisor=4,  # this U-Net halves the image twice
+)
+for epoch in range(5):
+    for index in torch.randperm(8).split(4):
+        trainer.step(images[index], index)
+    report = trainer.end_epoch()  # detects, and corrects the masks that the next epoch trains on
+    print(report.iou.tolist(), report.triggered.tolist(), report.changed)
+""",
+        api=(
+            "poise.medical.AdeleTrainer",
+            "poise.medical.AdeleLoss",
+            "poise.medical.MultiscaleConsistency",
+            "poise.medical.multiscale_consistency",
+            "poise.medical.multiscale_forward",
+            "poise.medical.multiscale_probabilities",
+            "poise.medical.MemorizationDetector",
+            "poise.medical.fit_iou_curve",
+            "poise.medical.IoUCurve",
+            "poise.medical.memorization_epoch",
+            "poise.medical.StreamingIoU",
+            "poise.medical.correct_labels",
+            "poise.medical.Correction",
+            "poise.medical.CorrectionSchedule",
+            "poise.medical.LabelStore",
+            "poise.medical.under_over_segment",
+            "poise.medical.random_under_over",
+            "poise.medical.SegTHORSlices",
+            "poise.medical.VOCPseudoLabels",
+            "poise.medical.VOCCrops",
+        ),
+        presets=("quick", "paper", "pascal"),
+        arms=("baseline", "global", "correction", "consistency", "both", "dilated"),
+        paper=(
+            "S. Liu, K. Liu, W. Zhu, Y. Shen, C. Fernandez-Granda, Adaptive Early-Learning Correction for Segmentation from Noisy "
+            "Annotations, CVPR 2022"
+        ),
+        url="https://arxiv.org/abs/2110.03740",
+        bibtex=r"""
+@inproceedings{liu2022adele,
+  title     = {Adaptive Early-Learning Correction for Segmentation from Noisy Annotations},
+  author    = {Liu, Sheng and Liu, Kangning and Zhu, Weicheng and Shen, Yiqiu and Fernandez-Granda, Carlos},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2022},
+  eprint    = {2110.03740},
+  archivePrefix = {arXiv},
+}
+""",
+        tags=(
+            "segmentation",
+            "noisy labels",
+            "early learning",
+            "label correction",
+            "consistency",
+            "weak supervision",
+            "memorisation",
+        ),
+    ),
 )

@@ -1,0 +1,1 @@
+"""Segmentation: learning from masks that are not drawn well."""
