@@ -140,7 +140,11 @@ def test_autocast_does_not_narrow_the_cosines() -> None:
         ),
         (lambda: inspect.unwrap(nt_xent)(torch.ones(3), torch.ones(3)), ValueError, r"must be \(samples, features\)"),
         (lambda: nt_xent(torch.ones(0, 3), torch.ones(0, 3)), ValueError, r"must be \(samples, features\)"),
-        (lambda: nt_xent(torch.ones(2, 3), torch.ones(2, 3), 0.0), ValueError, r"temperature must be above 0, got 0\.0"),
+        (
+            lambda: nt_xent(torch.ones(2, 3), torch.ones(2, 3), 0.0),
+            ValueError,
+            r"temperature must be above 0, got 0\.0",
+        ),
         (lambda: inspect.unwrap(nt_xent)(*[torch.ones(2, 3).long()] * 2), TypeError, "z1 must be a floating-point"),
     ],
 )
