@@ -160,12 +160,7 @@ class BreaKHis(data.Dataset[BreaKHisItem]):
         """The images of these numbers at high resolution, in [0, 1]; with a generator each is mirrored at random, both ways."""
         with ThreadPoolExecutor(4) as pool:
             images = torch.stack(list(pool.map(self._pixels, [self.images[row].path for row in rows])))
-        if augment is None:
-            return images
-        for dim in (2, 3):
-            mirrored = torch.rand(len(images), 1, 1, 1, generator=augment) < 0.5
-            images = torch.where(mirrored, images.flip(dim), images)
-        return images
+        return images if augment is None else mirrored(images, augment)
 
     def _pixels(self, path: Path) -> Float[Tensor, "3 height width"]:
         from PIL import Image
@@ -185,6 +180,16 @@ class BreaKHis(data.Dataset[BreaKHisItem]):
                 picture.save(file, format="png")
             os.replace(temporary, stored)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+
+def mirrored(
+    images: Float[Tensor, "batch 3 height width"], generator: torch.Generator
+) -> Float[Tensor, "batch 3 height width"]:
+    """Each image mirrored at random, upside down and left to right: tissue has no upper side."""
+    for dim in (2, 3):
+        turn = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+        images = torch.where(turn, images.flip(dim), images)
+    return images
 
 
 def _breast(root: Path) -> Path:

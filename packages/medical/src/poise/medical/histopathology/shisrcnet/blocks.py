@@ -92,7 +92,7 @@ class MFEBlock(nn.Module):
         ValueError: no dilation, or one below 1; in training with ``score_norm`` also a batch of one image.
 
     Source:
-        Xie et al., MICCAI 2023, section 2.1.
+        Xie et al., MICCAI 2023, SR module.
     """
 
     def __init__(self, channels: int, dilations: Sequence[int] = (1, 2, 4, 8), score_norm: bool = False) -> None:

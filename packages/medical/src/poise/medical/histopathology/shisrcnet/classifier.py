@@ -35,7 +35,7 @@ class ClassifierCF(nn.Module):
         ValueError: fewer than one class.
 
     Source:
-        Xie et al., MICCAI 2023, section 2.2.
+        Xie et al., MICCAI 2023, CF module.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ class CSFBlock(nn.Module):
         hidden: of the vector in between.
 
     Source:
-        Xie et al., MICCAI 2023, section 2.2.
+        Xie et al., MICCAI 2023, CF module.
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
@@ -84,7 +84,7 @@ class CrossScalePyramid(nn.Module):
         out_features: three times ``channels``.
 
     Source:
-        Xie et al., MICCAI 2023, section 2.2.
+        Xie et al., MICCAI 2023, CF module.
     """
 
     def __init__(self, channels: int = 128, hidden: int = 32) -> None:

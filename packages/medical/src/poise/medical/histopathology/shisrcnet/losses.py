@@ -31,7 +31,7 @@ class SHISRCLoss(nn.Module):
         ValueError: a weight is negative or not finite.
 
     Source:
-        Xie et al., MICCAI 2023, section 2.3; weights and gamma as in the authors' release.
+        Xie et al., MICCAI 2023, total loss; weights and gamma as in the authors' release.
     """
 
     def __init__(

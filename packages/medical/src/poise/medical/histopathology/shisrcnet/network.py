@@ -1,6 +1,6 @@
 r"""SHISRCNet: classify what a low-resolution scanner sees, by way of the image that a better one would have seen.
 
-Xie, Li, Cheng, Wang, Zhang and Wang, SHISRCNet: Super-resolution And Classification Network For Low-resolution Breast Cancer
+Xie, Li, Wang, Zhang, Chen, Shen and Wu, SHISRCNet: Super-resolution And Classification Network For Low-resolution Breast Cancer
 Histopathology Image, MICCAI 2023, arXiv 2306.14119.
 
 A network G enlarges the image, a classifier C reads the result, and both train together, so that G restores what the decision needs.
@@ -75,7 +75,7 @@ class SHISRCNet(nn.Module):
         ValueError: an unknown scale.
 
     Source:
-        Xie et al., MICCAI 2023, figure 1.
+        Xie et al., MICCAI 2023.
     """
 
     def __init__(

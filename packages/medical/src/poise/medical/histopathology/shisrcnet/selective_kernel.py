@@ -105,7 +105,7 @@ class SKNet26(nn.Sequential):
         out_channels: channels of the output.
 
     Source:
-        Xie et al., MICCAI 2023, section 2.2; widths of the bottlenecks as in the authors' release.
+        Xie et al., MICCAI 2023, CF module; widths of the bottlenecks as in the authors' release.
     """
 
     def __init__(

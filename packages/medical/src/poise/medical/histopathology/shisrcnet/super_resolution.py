@@ -35,7 +35,7 @@ class SRResNetMFE(nn.Module):
         ValueError: an unknown scale, or fewer than one block.
 
     Source:
-        Xie et al., MICCAI 2023, section 2.1; Ledig et al., CVPR 2017, arXiv 1609.04802, for the skeleton.
+        Xie et al., MICCAI 2023, SR module; Ledig et al., CVPR 2017, arXiv 1609.04802, for the skeleton.
     """
 
     def __init__(
