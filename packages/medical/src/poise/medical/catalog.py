@@ -109,7 +109,7 @@ for batch in DataLoader(bags, batch_size=4, shuffle=True, collate_fn=collate_bag
         slug="shisrcnet",
         package="medical",
         title="SHISRCNet",
-        kind="model",
+        kind="network",
         problem="Classify tissue from a low-resolution scanner, with high-resolution images of it in training only.",
         summary=(
             "Restores the resolution and classifies the result in one network trained jointly: pixel difference, focal loss of both "

@@ -91,6 +91,7 @@ class Config:
         warmup: steps of super-resolution alone before the joint training; 0 for none.
         epochs: passes of joint training.
         batch: images per step.
+        warmup_rate: learning rate of Adam in the warm-up.
         learning_rate: of Adam.
         decay: factor of the learning rate after every second epoch.
         w_sr: weight of the pixels.
@@ -119,7 +120,8 @@ class Config:
     warmup: int = 800
     epochs: int = 10
     batch: int = 16
-    learning_rate: float = 2e-3
+    warmup_rate: float = 2e-3
+    learning_rate: float = 1e-3
     decay: float = 0.95
     w_sr: float = 0.6
     w_cls: float = 0.3
@@ -191,7 +193,7 @@ def warmed_up(config: Config, seed: int, device: torch.device) -> tuple[dict[str
         upscaler = build_upscaler(config).to(device)
     judged = (tissue.test, config.scale, 256, device)
     before = fidelity(upscaler, *judged)["l1"]
-    optimizer = torch.optim.Adam(upscaler.parameters(), config.learning_rate)
+    optimizer = torch.optim.Adam(upscaler.parameters(), config.warmup_rate)
     for hr, _ in training_batches(tissue.textures, config.batch, range(config.warmup), seed=seed, device=device):
         loss = l1_loss(upscaler(degrade(hr, config.scale)), hr)
         optimizer.zero_grad()
@@ -432,7 +434,6 @@ EXPERIMENT = Experiment(
             warmup=0,
             epochs=100,
             batch=4,
-            learning_rate=1e-3,
             judge_every=1,
             workers=4,
         ),
