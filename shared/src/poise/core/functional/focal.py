@@ -3,7 +3,7 @@ r"""Cross-entropy that attends to what is still wrong.
 >>> import torch
 >>> logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
 >>> [round(value, 4) for value in focal_loss(logits, labels, gamma=5, reduction="none").tolist()]  # right, wrong
-[0.0, 0.2741]
+[0.0, 0.2742]
 >>> torch.nn.functional.cross_entropy(logits, labels, reduction="none").tolist() == focal_loss(
 ...     logits, labels, gamma=0, reduction="none"
 ... ).tolist()
