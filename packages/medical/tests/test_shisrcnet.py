@@ -389,6 +389,32 @@ def test_focal_loss_is_that_of_monai():
         torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-7)
 
 
+def test_softmax_form_of_two_classes_is_the_sigmoid_form_of_torchvision():
+    from torchvision.ops import sigmoid_focal_loss
+
+    z, labels = 3 * normal(9, dtype=torch.float64), torch.arange(9) % 2
+    theirs = sigmoid_focal_loss(z, labels.double(), alpha=-1, gamma=5.0, reduction="mean")
+    ours = focal_loss(torch.stack([torch.zeros_like(z), z], 1), labels, 5.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_selective_kernel_convolution_is_that_of_timm():
+    from timm.layers import SelectiveKernel
+
+    ours = SKConv(16, groups=4, reduction=2, least=8).double().eval()
+    theirs = SelectiveKernel(16, groups=4, rd_channels=8, split_input=False).double().eval()
+    with torch.no_grad():
+        for mine, other in zip(ours.branches, theirs.paths, strict=True):
+            other.conv.weight.copy_(mine[0].weight)
+            assert other.conv.dilation == mine[0].dilation
+        theirs.attn.fc_reduce.weight.copy_(ours.squeeze[0].weight)
+        theirs.attn.fc_select.weight.copy_(torch.cat([scorer.weight for scorer in ours.scorers]))
+        for scorer in ours.scorers:
+            scorer.bias.zero_()  # timm has none
+    x = normal(3, 16, 7, 7, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-9, atol=1e-9)
+
+
 def of_timm():
     import timm
 
