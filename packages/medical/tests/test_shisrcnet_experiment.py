@@ -18,7 +18,7 @@ from poise.medical.experiments.shisrcnet_measures import view_gap
 from poise.medical.histopathology.resolution import degrade
 from poise.medical.mil.tiles import WEIGHTS
 
-QUICK = replace(EXPERIMENT.presets["quick"], width=4, crops=8, warmup=2, epochs=1, batch=155)
+QUICK = replace(EXPERIMENT.presets["quick"], hr_size=16, width=4, crops=128, warmup=1, epochs=1, batch=256)
 PAPER = EXPERIMENT.presets["paper"]
 
 
@@ -120,7 +120,7 @@ def test_wiring_of_the_release_never_teaches_the_logits_the_class():
 
 def test_an_interrupted_run_resumes_bit_identically(tmp_path, monkeypatch):
     monkeypatch.setattr("poise.core.lab.run.CHECKPOINT_SECONDS", 0.0)
-    config = replace(QUICK, epochs=3, judge_every=1)
+    config = replace(QUICK, epochs=2, judge_every=1)
     whole = train(config, "shisrcnet", tmp_path / "whole")
 
     class KilledError(Exception):
@@ -162,7 +162,10 @@ def write_breakhis(root, magnifications=(100, 400)):
     return root
 
 
-@pytest.mark.parametrize("scale", [2, 4, 8])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("scale", [2, pytest.param(4, marks=SLOW), pytest.param(8, marks=SLOW)])
 def test_paper_preset_trains_on_breakhis_at_the_published_sizes(scale, tmp_path):
     write_breakhis(tmp_path / "data", magnifications=(100,))
     config = replace(PAPER, scale=scale, epochs=1, workers=0, cache=tmp_path / "cache")
