@@ -363,7 +363,7 @@ def draw(config: Config, arm: str, model: SHISRCNet, tissue: Tissue, history: Ma
     lr = degrade(tissue.shown.to(run.device), config.scale)
     restored = model.upscaler(lr).cpu()
     run.save("shown", restored=restored, bicubic=enlarge(lr, config.scale).cpu(), truth=tissue.shown)
-    columns = {"low resolution": lr.cpu(), SETUPS[arm].sees: restored}
+    columns = {"low resolution": lr.cpu(), "restored" if SETUPS[arm].sees == "sr" else "bicubic": restored}
     run.figure("images", figures.triptychs(columns, tissue.shown, SETUPS[arm].text))
 
 
