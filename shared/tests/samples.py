@@ -71,6 +71,17 @@ FUNCTIONAL = (
     Sample(name="functional/hoyer_sparsity", build=lambda: functional.hoyer_sparsity, inputs=lambda g: (randn(g, 7),)),
     Sample(name="functional/hoyer_square", build=lambda: functional.hoyer_square, inputs=lambda g: (randn(g, 7),)),
     Sample(
+        name="functional/nt_xent",
+        build=lambda: functional.nt_xent,
+        inputs=lambda g: (randn(g, 4, 3), randn(g, 4, 3)),
+        differentiable=(0, 1),
+    ),
+    Sample(
+        name="functional/focal_loss",
+        build=lambda: partial(functional.focal_loss, gamma=5.0),
+        inputs=lambda g: (randn(g, 4, 3), torch.tensor([0, 1, 2, 1])),
+    ),
+    Sample(
         name="functional/polarization",
         build=lambda: partial(functional.polarization, t=1.2),
         inputs=lambda g: (randn(g, 9).abs(),),

@@ -343,6 +343,14 @@ class TestCrops:
         train, test = data.histology_tiles(left=0.656)
         assert (len(train), len(test)) == (31 * 20, 31 * 10)
 
+    def test_histology_parts_may_lie_apart(self) -> None:
+        train, test = data.histology_tiles(gap=32 / 512)
+        assert torch.equal(train.inputs, data.histology_tiles().train.inputs)
+        assert len(test) == 31 * 13
+        assert torch.equal(test.inputs[0], data.histology().pixels[:, :32, 288:320])
+        with pytest.raises(ValueError, match="left and gap must be shares"):
+            data.histology_tiles(gap=0.5)
+
     def test_stain_follows_scikit_images_colour_deconvolution(self) -> None:
         from skimage.color import rgb2hed
 

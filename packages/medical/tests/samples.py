@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+from torch import Tensor, nn
 
 from poise.core.testing import Sample, randn
 from poise.medical import (
@@ -10,13 +11,25 @@ from poise.medical import (
     DSMIL,
     AdeleLoss,
     AttentionEntropyLoss,
+    ClassifierCF,
+    CrossScalePyramid,
+    CSFBlock,
     GatedAttention,
+    MFEBlock,
     MultiscaleConsistency,
     QueryAttention,
+    SHISRCLoss,
+    SHISRCNet,
+    SHISRCOutput,
+    SKConv,
+    SKUnit,
+    SRResNetMFE,
     Subsample,
     TransMIL,
     attention_entropy,
     correct_labels,
+    degrade,
+    enlarge,
     multiscale_forward,
     multiscale_probabilities,
 )
@@ -182,4 +195,111 @@ ADELE = (
     ),
 )
 
-SAMPLES: tuple[Sample, ...] = AEM + ADELE
+
+def smooth(module: nn.Module) -> nn.Module:
+    """Without the kinks of ReLU, which finite differences would step over; dropout is off, batch statistics stay in use."""
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ReLU | nn.LeakyReLU):
+                setattr(parent, name, nn.Softplus())
+            elif isinstance(child, nn.Dropout):
+                child.p = 0.0
+    return module.double()
+
+
+def small_network(joint_batch: bool = False) -> nn.Module:
+    """Super-resolution by two, and a classifier of one convolution."""
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU())
+    classifier = ClassifierCF(2, backbone, channels=4, hidden=3)
+    upscaler = SRResNetMFE(2, width=4, blocks=1, bicubic_skip=True)
+    return smooth(SHISRCNet(2, upscaler=upscaler, classifier=classifier, joint_batch=joint_batch))
+
+
+def terms_of(criterion: SHISRCLoss, sr: Tensor, logits: Tensor, features: Tensor, hr: Tensor) -> dict[str, Tensor]:
+    """The loss of an output whose second view is the first one, turned round."""
+    output = SHISRCOutput(sr, logits, features, logits.flip(1), features.flip(0))
+    return criterion(output, hr, torch.arange(len(logits), device=logits.device) % 2)
+
+
+SHISRCNET = (
+    Sample(
+        name="shisrcnet/mfe_block",
+        build=lambda: smooth(MFEBlock(4, dilations=(1, 2))),
+        inputs=lambda generator: (randn(generator, 2, 4, 5, 4),),
+        parameters=True,
+    ),
+    Sample(
+        name="shisrcnet/mfe_block_released",
+        build=lambda: smooth(MFEBlock(4, score_norm=True)),
+        inputs=lambda generator: (randn(generator, 3, 4, 5, 4),),
+        parameters=True,
+    ),
+    Sample(
+        name="shisrcnet/super_resolution",
+        build=lambda: smooth(SRResNetMFE(4, width=4, blocks=1)),
+        inputs=lambda generator: (randn(generator, 2, 3, 4, 3),),
+        parameters=True,
+    ),
+    Sample(
+        name="shisrcnet/sk_conv",
+        build=lambda: smooth(SKConv(8, groups=4, least=4)),
+        inputs=lambda generator: (randn(generator, 3, 8, 5, 4),),
+        parameters=True,
+    ),
+    Sample(
+        name="shisrcnet/sk_unit",
+        build=lambda: smooth(SKUnit(4, 32, 8, stride=2)),
+        inputs=lambda generator: (randn(generator, 3, 4, 6, 5),),
+        parameters=True,
+    ),
+    Sample(
+        name="shisrcnet/csf_block",
+        build=lambda: smooth(CSFBlock(4, 3)),
+        inputs=lambda generator: (randn(generator, 3, 4, 5, 6), randn(generator, 3, 4, 3, 3)),
+        differentiable=(0, 1),
+        parameters=True,
+    ),
+    Sample(
+        name="shisrcnet/pyramid",
+        build=lambda: smooth(CrossScalePyramid(4, 3)),
+        inputs=lambda generator: (randn(generator, 3, 4, 9, 8),),
+        parameters=True,
+    ),
+    Sample(
+        name="shisrcnet/network",
+        build=small_network,
+        inputs=lambda generator: (randn(generator, 3, 3, 8, 8), randn(generator, 3, 3, 16, 16)),
+        differentiable=(0, 1),
+        parameters=True,
+    ),
+    Sample(
+        name="shisrcnet/network_joint_batch",
+        build=lambda: small_network(joint_batch=True),
+        inputs=lambda generator: (randn(generator, 3, 3, 8, 8), randn(generator, 3, 3, 16, 16)),
+        differentiable=(0, 1),
+        parameters=True,
+    ),
+    Sample(
+        name="shisrcnet/loss",
+        build=lambda: partial(terms_of, SHISRCLoss()),
+        inputs=lambda generator: (
+            randn(generator, 3, 3, 4, 4),
+            randn(generator, 3, 2),
+            randn(generator, 3, 5),
+            randn(generator, 3, 3, 4, 4),
+        ),
+        differentiable=(0, 1, 2),
+    ),
+    Sample(
+        name="shisrcnet/degrade",
+        build=lambda: partial(degrade, scale=2),
+        inputs=lambda generator: (randn(generator, 2, 3, 8, 6).sigmoid(),),
+    ),
+    Sample(
+        name="shisrcnet/enlarge",
+        build=lambda: partial(enlarge, scale=2),
+        inputs=lambda generator: (randn(generator, 2, 3, 4, 3).sigmoid(),),
+    ),
+)
+
+SAMPLES: tuple[Sample, ...] = AEM + ADELE + SHISRCNET

@@ -190,4 +190,86 @@ for epoch in range(5):
             "memorisation",
         ),
     ),
+    Method(
+        slug="shisrcnet",
+        package="medical",
+        title="SHISRCNet",
+        kind="network",
+        problem="Classify tissue from a low-resolution scanner, with high-resolution images of it in training only.",
+        summary=(
+            "Restores the resolution and classifies the result in one network trained jointly: pixel difference, focal loss of both "
+            "resolutions, and a contrastive term between them."
+        ),
+        formula=(
+            r"L = w_{sr} |G(x) - y|_1 + \tfrac12 w_{cls} \big( \mathrm{focal}(C(G(x)), t) + \mathrm{focal}(C(y), t) \big) "
+            r"+ w_{con} \, \mathrm{NTXent}\big( v(G(x)), v(y) \big)"
+        ),
+        usage="""
+import torch
+from poise.medical import SHISRCLoss, SHISRCNet, degrade
+
+model, criterion = SHISRCNet(scale=2, num_classes=2), SHISRCLoss()
+optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+images, labels = torch.rand(8, 3, 64, 64), torch.arange(8) % 2  # high resolution, in training only
+
+for hr, label in zip(images.split(4), labels.split(4)):
+    lr = degrade(hr, scale=2)  # what the low-resolution scanner would see
+    terms = criterion(model(lr, hr), hr, label)
+    optimizer.zero_grad()
+    terms["loss"].backward()
+    optimizer.step()
+    print({name: round(value.item(), 3) for name, value in terms.items()})
+
+output = model.eval()(degrade(images, scale=2))
+print(output.sr.shape, output.logits.softmax(1)[:, 1])
+""",
+        api=(
+            "poise.medical.SHISRCNet",
+            "poise.medical.SHISRCOutput",
+            "poise.medical.SHISRCLoss",
+            "poise.medical.focal_loss",
+            "poise.medical.nt_xent",
+            "poise.medical.SRResNetMFE",
+            "poise.medical.MFEBlock",
+            "poise.medical.ClassifierCF",
+            "poise.medical.Classifier",
+            "poise.medical.WithFeatures",
+            "poise.medical.SKNet26",
+            "poise.medical.SKUnit",
+            "poise.medical.SKConv",
+            "poise.medical.CrossScalePyramid",
+            "poise.medical.CSFBlock",
+            "poise.medical.BreaKHis",
+            "poise.medical.Micrograph",
+            "poise.medical.degrade",
+            "poise.medical.enlarge",
+            "poise.medical.evaluate_sr",
+            "poise.medical.Fidelity",
+            "poise.medical.patient_accuracy",
+            "poise.medical.image_accuracy",
+        ),
+        presets=("quick", "paper"),
+        arms=("baseline", "two_stage", "joint", "no_contrast", "detached", "shisrcnet", "released", "hr"),
+        paper=(
+            "L. Xie, C. Li, Z. Wang, X. Zhang, B. Chen, Q. Shen, Z. Wu, SHISRCNet: Super-resolution And Classification Network For "
+            "Low-resolution Breast Cancer Histopathology Image, MICCAI 2023"
+        ),
+        url="https://arxiv.org/abs/2306.14119",
+        bibtex=r"""
+@inproceedings{xie2023shisrcnet,
+  title     = {{SHISRCNet}: Super-resolution And Classification Network For Low-resolution Breast Cancer Histopathology Image},
+  author    = {Xie, Luyuan and Li, Cong and Wang, Zirui and Zhang, Xin and Chen, Boyan and Shen, Qingni and Wu, Zhonghai},
+  booktitle = {Medical Image Computing and Computer Assisted Intervention},
+  year      = {2023},
+}
+""",
+        tags=(
+            "super-resolution",
+            "histopathology",
+            "classification",
+            "contrastive learning",
+            "focal loss",
+            "low resolution",
+        ),
+    ),
 )

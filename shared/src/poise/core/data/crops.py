@@ -50,8 +50,7 @@ def photograph_crops(
     Raises:
         ValueError: a crop does not fit into its part of a photograph, or a number is out of range.
     """
-    if not (0 < left < 1 and 0 <= gap < 1 - left):
-        raise ValueError(f"left and gap must be shares of the width that leave a right part, got {left} and {gap}")
+    _check_shares(left, gap)
     if not 0 < scale[0] <= scale[1]:
         raise ValueError(f"scale must be (least, largest), both above 0, got {scale}")
     pictures = photographs(names)
@@ -69,7 +68,9 @@ def photograph_crops(
     return Split(cut("train", train, 0.0, left), cut("test", test, left + gap, 1.0))
 
 
-def histology_tiles(size: int = 32, *, stride: int = 16, label: str = "stain", left: float = 0.5) -> Split:
+def histology_tiles(
+    size: int = 32, *, stride: int = 16, label: str = "stain", left: float = 0.5, gap: float = 0.0
+) -> Split:
     """Tiles of the histology picture on a regular grid, in two classes of equal size (over the training tiles).
 
     Args:
@@ -79,19 +80,21 @@ def histology_tiles(size: int = 32, *, stride: int = 16, label: str = "stain", l
             of DAB) than the median training tile; ``"texture"``, whether it is rougher (mean absolute Laplacian of
             the brightness), which low resolution hides.
         left: share of the width that the training tiles lie in; tiles across the border belong to neither part.
+        gap: share of the width left out between the two parts.
 
     Returns:
         Inputs ``(tiles, 3, size, size)`` in [0, 1], row by row.
 
     Raises:
-        ValueError: an unknown label, or no tile fits into a part.
+        ValueError: an unknown label, shares out of range, or no tile fits into a part.
     """
+    _check_shares(left, gap)
     if label not in LABELS:
         raise ValueError(f"label must be one of {', '.join(LABELS)}, got {label!r}")
     picture = histology()
     width = picture.pixels.shape[2]
-    border = round(left * width)
-    parts = [_tiles(picture.pixels[:, :, :border], size, stride), _tiles(picture.pixels[:, :, border:], size, stride)]
+    border, beyond = round(left * width), round((left + gap) * width)
+    parts = [_tiles(picture.pixels[:, :, :border], size, stride), _tiles(picture.pixels[:, :, beyond:], size, stride)]
     measure, classes = LABELS[label]
     threshold = measure(parts[0]).median()
     train, test = (
@@ -106,6 +109,11 @@ def histology_tiles(size: int = 32, *, stride: int = 16, label: str = "stain", l
         for part, tiles in zip(("train", "test"), parts, strict=True)
     )
     return Split(train, test)
+
+
+def _check_shares(left: float, gap: float) -> None:
+    if not (0 < left < 1 and 0 <= gap < 1 - left):
+        raise ValueError(f"left and gap must be shares of the width that leave a right part, got {left} and {gap}")
 
 
 def _random_crops(

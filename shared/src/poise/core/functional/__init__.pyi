@@ -1,9 +1,11 @@
 from poise.core.functional.alignment import cosine_alignment as cosine_alignment
 from poise.core.functional.alignment import cross_correlation as cross_correlation
 from poise.core.functional.alignment import decorrelation as decorrelation
+from poise.core.functional.contrastive import nt_xent as nt_xent
 from poise.core.functional.divergences import entropy as entropy
 from poise.core.functional.divergences import js_divergence as js_divergence
 from poise.core.functional.divergences import kl_divergence as kl_divergence
+from poise.core.functional.focal import focal_loss as focal_loss
 from poise.core.functional.norms import consensus as consensus
 from poise.core.functional.norms import group_lasso as group_lasso
 from poise.core.functional.norms import group_norms as group_norms

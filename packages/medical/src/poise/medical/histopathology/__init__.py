@@ -1,0 +1,1 @@
+"""Images of stained tissue: restoring their resolution, and classifying them."""

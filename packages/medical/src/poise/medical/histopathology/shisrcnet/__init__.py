@@ -1,0 +1,1 @@
+"""SHISRCNet: super-resolution and classification of low-resolution histology, trained together."""
