@@ -64,5 +64,5 @@ class TruncatedNormal:
 
     def log_prob(self, action: Float[Tensor, "*batch a"]) -> Float[Tensor, "*batch a"]:
         """Log density of the normal before clipping and clamping, per entry of the action, as the released code has it."""
-        stddev = torch.as_tensor(self.stddev, dtype=self.mean.dtype, device=self.mean.device)
+        stddev = self.stddev if isinstance(self.stddev, Tensor) else self.mean.new_full((), self.stddev)
         return -((action - self.mean) / stddev).square() / 2 - stddev.log() - 0.5 * math.log(2 * math.pi)
