@@ -13,6 +13,7 @@ Presets:
   one; with the study's interventions and competitors as further arms. Needs dm-control and EGL or OSMesa.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +23,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import Env
-from gymnasium.wrappers import RescaleAction, TransformReward
+from gymnasium.wrappers import RescaleAction, TimeLimit, TransformReward
 from torch import Tensor
 
 from poise.core.gpu import derive_generator
@@ -51,6 +52,7 @@ class Config:
         size: height and width of a frame.
         frame_stack: frames per observation.
         action_repeat: steps of the environment per step of the agent.
+        horizon: steps of the environment after which an episode is cut off; ``None`` leaves the task's own limit.
         reward_scale: factor on the rewards that agents see.
         channels: of each convolution.
         feature_dim: width of the trunks.
@@ -89,6 +91,7 @@ class Config:
     size: int = 48
     frame_stack: int = 3
     action_repeat: int = 2
+    horizon: int | None = None
     reward_scale: float = 0.1
     channels: int = 16
     feature_dim: int = 50
@@ -99,7 +102,7 @@ class Config:
     check_freq: int = 2
     phi_gap: float = 0.01
     start_steps: int = 300
-    steps: int = 1_000
+    steps: int = 800
     buffer: int = 2_000
     memory_budget: int = 8 * 2**30
     batch: int = 32
@@ -107,18 +110,18 @@ class Config:
     gamma: float = 0.99
     learning_rate: float = 5e-4
     tau: float = 0.01
-    stddev: str = "linear(1.0,0.1,1000)"
-    evaluate_every: int = 500
+    stddev: str = "linear(1.0,0.1,800)"
+    evaluate_every: int = 400
     episodes: int = 5
-    intervene_at: int = 500
-    intervene_every: int = 250
+    intervene_at: int = 400
+    intervene_every: int = 200
     prime_after: int = 400
     prime: int = 1_000
     probe_transitions: int = 500
-    probe_early: int = 500
-    probe_late: int = 1_500
+    probe_early: int = 400
+    probe_late: int = 1_200
     probe_rate: float = 1e-3
-    fit_targets: int = 3
+    fit_targets: int = 2
     fit_steps: int = 60
     fit_rate: float = 1e-3
 
@@ -135,8 +138,14 @@ def make_env(config: Config, *, scaled: bool = True) -> Env[Any, Any]:
             action_repeat=config.action_repeat,
             size=config.size,
         )
+        if config.horizon is not None:
+            env = TimeLimit(env, config.horizon // config.action_repeat)
     else:
-        plain = gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True)
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory, no display is asked for
+        os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # else a run could not be stopped
+        plain = gymnasium.make(
+            name, render_mode="rgb_array", max_episode_steps=config.horizon, disable_env_checker=True
+        )
         inner: Any = plain.unwrapped
         inner.screen_dim = 2 * config.size  # pygame draws the picture that small, not 500 x 500
         ranged = RescaleAction(plain, np.float32(-1), np.float32(1))

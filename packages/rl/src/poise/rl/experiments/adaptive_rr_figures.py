@@ -73,11 +73,12 @@ def probes(measured: Mapping[str, Mapping[str, float]], logs: Mapping[str, Mappi
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     for index, stage in enumerate(("early", "late")):
         axes = figure.add_subplot(1, 3, index + 1)
+        names = INTERVENTIONS[stage]
         for place, (arm, values) in enumerate(measured.items()):
-            left = np.arange(len(INTERVENTIONS)) + (place - (len(measured) - 1) / 2) * 0.26
-            heights = [values[f"fit_{name}_{stage}"] for name in INTERVENTIONS]
+            left = np.arange(len(names)) + (place - (len(measured) - 1) / 2) * 0.26
+            heights = [values[f"fit_{name}_{stage}"] for name in names]
             axes.bar(left, heights, 0.24, color=colour(arm), label=arm)
-        axes.set_xticks(np.arange(len(INTERVENTIONS)), [name.replace("_", "\n") for name in INTERVENTIONS], fontsize=8)
+        axes.set_xticks(np.arange(len(names)), [name.replace("_", "\n") for name in names], fontsize=8)
         axes.set_title(f"error on new random targets, {stage} intervention (1: predicts the mean)", fontsize=9)
     axes.legend(fontsize=7)
     axes = figure.add_subplot(1, 3, 3)

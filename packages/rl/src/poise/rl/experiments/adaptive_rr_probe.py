@@ -17,7 +17,10 @@ from poise.rl.plasticity.fau import FAUMonitor
 from poise.rl.plasticity.probe import target_fitting_loss
 from poise.rl.replay.batch import Batch
 
-INTERVENTIONS = ("none", "reset_actor", "reset_critic", "reset_encoder", "inject_critic", "inject_encoder")
+INTERVENTIONS = {
+    "early": ("none", "reset_critic"),
+    "late": ("none", "reset_actor", "reset_critic", "reset_encoder", "inject_critic", "inject_encoder"),
+}
 
 
 def intervened(agent: DrQV2Agent, name: str, seed: int) -> DrQV2Agent:
@@ -34,15 +37,16 @@ def intervened(agent: DrQV2Agent, name: str, seed: int) -> DrQV2Agent:
 def probe(agent: DrQV2Agent, data: Batch, run: Run, stage: str, **settings: Any) -> dict[str, float]:
     """The loss on random targets after each intervention, and the fraction of active units on the data."""
     inputs = data.observation, data.action
-    found = {"fit": torch.zeros(len(INTERVENTIONS), dtype=torch.float64)}
-    for index in run.steps(len(INTERVENTIONS), name=f"fit_{stage}", found=found):
-        twin = intervened(agent, INTERVENTIONS[index], run.seed)
+    names = INTERVENTIONS[stage]
+    found = {"fit": torch.zeros(len(names), dtype=torch.float64)}
+    for index in run.steps(len(names), name=f"fit_{stage}", found=found):
+        twin = intervened(agent, names[index], run.seed)
         losses = target_fitting_loss(
             twin.value_network, inputs, seed=run.seed, template=agent.value_network, **settings
         )
         found["fit"][index] = losses.double().mean().cpu()
         run.log(index, fit=found["fit"][index])
-    loss = dict(zip(INTERVENTIONS, found["fit"].tolist(), strict=True))
+    loss = dict(zip(names, found["fit"].tolist(), strict=True))
     return {f"fit_{name}_{stage}": value for name, value in loss.items()} | {
         f"{name}_fau_{stage}": value for name, value in active(agent, data).items()
     }
@@ -82,7 +86,7 @@ def injection_change(agent: DrQV2Agent, data: Batch, seed: int) -> float:
 
 def summary(measured: dict[str, float]) -> dict[str, float]:
     """What the interventions changed: losses are compared with those of the same agent without one."""
-    late = {name: measured[f"fit_{name}_late"] for name in INTERVENTIONS}
+    late = {name: measured[f"fit_{name}_late"] for name in INTERVENTIONS["late"]}
     return {
         "fit_loss": late["none"],
         "critic_fau": measured["critic_fau_late"],
