@@ -4,6 +4,7 @@ Tassa et al., DeepMind Control Suite, arXiv 1801.00690. An episode ends by its t
 itself ends an episode, its last discount says whether that is a termination.
 """
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,9 @@ class DMControl(Env[np.ndarray, np.ndarray]):
         size: tuple[int, int] = (84, 84),
         camera: int = 0,
     ) -> None:
+        if render_mode is not None:
+            # Mesa and PyTorch's compiler each bring an LLVM. Loaded in the other order, by the first optimizer, the process crashes.
+            import_module("torch._dynamo")
         from dm_control import suite
 
         if (domain, task) not in suite.ALL_TASKS:
