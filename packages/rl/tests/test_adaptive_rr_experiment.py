@@ -54,9 +54,9 @@ def test_every_arm_of_the_quick_preset_is_trained_and_compared(tmp_path):
             assert arm is None or claim.metric in results[arm].metrics
     EXPERIMENT.compare(TINY, results, Run.scratch(tmp_path / "compare"))
     assert {path.name for path in (tmp_path / "compare" / "figures").iterdir()} == {"arms.png", "probe.png"}
-    assert (results["rr_low"].dir / "figures" / "policy.gif").read_bytes().startswith(b"GIF89a")
+    assert (results["baseline"].dir / "figures" / "policy.gif").read_bytes().startswith(b"GIF89a")
     updates = {arm: results[arm].metrics["updates"] for arm in QUICK if arm in ACTING}
-    assert (updates["rr_low"], updates["rr_high"], updates["rr_high_no_shift"]) == (6, 24, 24)
+    assert (updates["baseline"], updates["rr_high"], updates["rr_high_no_shift"]) == (6, 24, 24)
     for arm in QUICK:
         if arm.startswith("probe"):
             metrics = results[arm].metrics

@@ -126,7 +126,7 @@ print(controller.replay_ratio, controller.checks[-1])
     ),
     presets=("quick", "paper"),
     arms=(
-        "rr_low",
+        "baseline",
         "rr_high",
         "rr_high_no_shift",
         "adaptive",

@@ -321,7 +321,7 @@ def rule_mismatches(config: Config, log: Mapping[str, Tensor], controller: Adapt
 def probe_plasticity(config: Config, name: str, run: Run) -> dict[str, float]:
     """Prime on few transitions, and fit new targets after an early and a late intervention."""
     env = make_env(config)
-    agent, buffer = make_agent(config, env, run, ACTING["rr_low"], config.probe_rate), make_buffer(config, env, run)
+    agent, buffer = make_agent(config, env, run, ACTING["baseline"], config.probe_rate), make_buffer(config, env, run)
     shift, agent.augment = agent.augment, None
     stream, generator = EpisodeStream(env, run.seed), derive_generator(run.seed, "collect")
     for step in range(config.probe_transitions):

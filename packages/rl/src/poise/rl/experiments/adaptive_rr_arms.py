@@ -69,7 +69,7 @@ def _recycle(agent: DrQV2Agent, batch: Batch, generator: torch.Generator) -> Non
 
 
 ACTING = {
-    "rr_low": Arm("replay ratio 0.5 throughout"),
+    "baseline": Arm("replay ratio 0.5 throughout"),
     "rr_high": Arm("replay ratio 2 throughout", "high"),
     "rr_high_no_shift": Arm("replay ratio 2, images not shifted", "high", shift="off"),
     "adaptive": Arm("replay ratio 0.5, and 2 once the critic has recovered", "adaptive"),
@@ -101,4 +101,4 @@ PROBES = {
 
 ARMS = {name: arm.about for name, arm in ACTING.items()} | PROBES
 
-QUICK = ("rr_low", "rr_high", "rr_high_no_shift", "adaptive", *PROBES)
+QUICK = ("baseline", "rr_high", "rr_high_no_shift", "adaptive", *PROBES)

@@ -140,7 +140,7 @@ CLAIMS = (
     Claim(
         metric="least_critic_fau",
         arm="rr_high",
-        versus="rr_low",
+        versus="baseline",
         direction="lower",
         kind="outcome",
         source=f"{PAPER}: a high replay ratio loses plasticity early",
@@ -157,6 +157,6 @@ CLAIMS = (
             note="Interquartile mean of the last evaluation.",
             presets=("quick", "paper"),
         )
-        for static in ("rr_low", "rr_high")
+        for static in ("baseline", "rr_high")
     ),
 )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAIN = {
-    "rr_low": "#4361ee",
+    "baseline": "#4361ee",
     "rr_high": "#e5626b",
     "rr_high_no_shift": "#222222",
     "adaptive": "#2a9d5c",
@@ -79,8 +79,8 @@ def probes(measured: Mapping[str, Mapping[str, float]], logs: Mapping[str, Mappi
             heights = [values[f"fit_{name}_{stage}"] for name in names]
             axes.bar(left, heights, 0.24, color=colour(arm), label=arm)
         axes.set_xticks(np.arange(len(names)), [name.replace("_", "\n") for name in names], fontsize=8)
-        axes.set_title(f"error on new random targets, {stage} intervention (1: predicts the mean)", fontsize=9)
-    axes.legend(fontsize=7)
+        axes.set_title(f"error on new targets, {stage} intervention", fontsize=9)
+    axes.legend(fontsize=7, loc="lower right")
     axes = figure.add_subplot(1, 3, 3)
     for arm, log in logs.items():
         if len(log["fau"]):

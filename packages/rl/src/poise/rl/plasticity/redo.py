@@ -11,7 +11,8 @@ network computes the same as before for units that were silent.
 
 >>> import torch
 >>> from torch import nn
->>> network, x = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(64, 3)
+>>> _ = torch.manual_seed(0)
+>>> network, x = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(512, 3)
 >>> with torch.no_grad():
 ...     network[0].bias[:2] = -100.0
 >>> before = network(x)
