@@ -69,6 +69,7 @@ CLAIMS = (
         arm="rr_high",
         versus=None,
         direction="higher",
+        margin=0.01,
         kind="mechanism",
         source=f"{PAPER}, figures of the fraction of active units: it falls early in training",
         note="First minus least mean over 50 updates.",
