@@ -68,4 +68,108 @@ print(beer.value, beer.active)
     tags=("reinforcement learning", "critic", "representation rank", "Bellman equation", "TD3", "DPG", "DQN", "Q bias"),
 )
 
-METHODS: tuple[Method, ...] = (BEER,)
+ADAPTIVE_RR = Method(
+    slug="adaptive-rr",
+    package="rl",
+    title="Adaptive RR",
+    kind="training",
+    problem="Train a pixel agent often on its data without its critic losing the ability to learn.",
+    summary="Measures the critic's fraction of active units, and raises the replay ratio once the critic has recovered.",
+    formula=r"\Phi = \frac{\#\{\text{activations} > 0\}}{\#\{\text{activations}\}}, \qquad "
+    r"|\bar\Phi_e - \bar\Phi_{e'}| \le 0.001 \;\Rightarrow\; \mathrm{RR}: 0.5 \to 2",
+    usage="""import gymnasium
+import numpy as np
+import torch
+from gymnasium.wrappers import RescaleAction
+from poise.rl import AdaptiveReplayRatio, DrQV2Agent, EpisodeStream, NStepReplayBuffer, PixelFrameStack
+
+pendulum = gymnasium.make("Pendulum-v1", render_mode="rgb_array", max_episode_steps=20)
+env = PixelFrameStack(RescaleAction(pendulum, np.float32(-1), np.float32(1)), size=(24, 24), action_repeat=2)
+agent = DrQV2Agent(env.observation_space, env.action_space, channels=8, hidden=32, pad=2, exploration_steps=20)
+buffer = NStepReplayBuffer(1_000, env.observation_space, env.action_space, frame_stack=3)
+controller = AdaptiveReplayRatio(low=0.5, high=2.0, check_freq=2, phi_gap=0.05)
+stream, generator = EpisodeStream(env, seed=0), torch.Generator().manual_seed(0)
+for step in range(60):
+    taken = stream.step(agent.act(stream.observation, generator, step))
+    buffer.add(*taken[:4], terminated=taken.terminated, truncated=taken.truncated)
+    for _ in range(controller.updates_for_step(step) if step >= 20 else 0):
+        metrics = agent.update(buffer.sample(16, generator), step, generator)
+        controller.on_update(metrics["critic_fau"])
+    if taken.ended:
+        controller.on_episode_end()
+print(controller.replay_ratio, controller.checks[-1])
+""",
+    api=(
+        "poise.rl.AdaptiveReplayRatio",
+        "poise.rl.FAUMonitor",
+        "poise.rl.DrQV2Agent",
+        "poise.rl.NStepReplayBuffer",
+        "poise.rl.RandomShiftsAug",
+        "poise.rl.TruncatedNormal",
+        "poise.rl.schedule",
+        "poise.rl.plasticity_injection",
+        "poise.rl.reset_module",
+        "poise.rl.reset_last_layers",
+        "poise.rl.shrink_and_perturb",
+        "poise.rl.recycle_dormant",
+        "poise.rl.dormant_units",
+        "poise.rl.L2Init",
+        "poise.rl.CReLU",
+        "poise.rl.with_layer_norm",
+        "poise.rl.with_spectral_norm",
+        "poise.rl.with_crelu",
+        "poise.rl.heavy_priming",
+        "poise.rl.target_fitting_loss",
+        "poise.rl.PixelFrameStack",
+        "poise.rl.make_dmc_pixels",
+        "poise.rl.read_episode",
+    ),
+    presets=("quick", "paper"),
+    arms=(
+        "baseline",
+        "rr_high",
+        "rr_high_no_shift",
+        "adaptive",
+        "rr_low_no_shift",
+        "shift_until",
+        "shift_from",
+        "primed",
+        "reset_actor",
+        "reset_critic",
+        "reset_heads",
+        "inject_actor",
+        "inject_critic",
+        "layer_norm",
+        "spectral_norm",
+        "crelu",
+        "weight_decay",
+        "l2_init",
+        "shrink_perturb",
+        "redo",
+        "probe_fresh",
+        "probe_shift",
+        "probe_no_shift",
+    ),
+    paper="Guozheng Ma, Lu Li, Sen Zhang, Zixuan Liu, Zhen Wang, Yixin Chen, Li Shen, Xueqian Wang and Dacheng Tao, Revisiting "
+    "Plasticity in Visual Reinforcement Learning: Data, Modules and Training Stages, ICLR 2024",
+    url="https://arxiv.org/abs/2310.07418",
+    bibtex="""@inproceedings{ma2024revisiting,
+  title     = {Revisiting Plasticity in Visual Reinforcement Learning: Data, Modules and Training Stages},
+  author    = {Ma, Guozheng and Li, Lu and Zhang, Sen and Liu, Zixuan and Wang, Zhen and Chen, Yixin and Shen, Li and
+               Wang, Xueqian and Tao, Dacheng},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2024},
+  url       = {https://arxiv.org/abs/2310.07418}
+}""",
+    tags=(
+        "reinforcement learning",
+        "plasticity",
+        "replay ratio",
+        "pixels",
+        "DrQ-v2",
+        "data augmentation",
+        "dormant units",
+    ),
+)
+
+METHODS: tuple[Method, ...] = (BEER, ADAPTIVE_RR)

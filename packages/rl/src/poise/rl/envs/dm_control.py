@@ -4,6 +4,7 @@ Tassa et al., DeepMind Control Suite, arXiv 1801.00690. An episode ends by its t
 itself ends an episode, its last discount says whether that is a termination.
 """
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ class DMControl(Env[np.ndarray, np.ndarray]):
     Args:
         domain: the body.
         task: what it should do.
-        action_repeat: physics steps per action, whose rewards are added.
+        action_repeat: physics steps per action, whose rewards are added, each times the task's discounts before it.
         render_mode: ``None`` or ``"rgb_array"``, which needs EGL or OSMesa where there is no display.
         size: height and width of rendered frames.
         camera: number of the camera.
@@ -39,6 +40,9 @@ class DMControl(Env[np.ndarray, np.ndarray]):
         size: tuple[int, int] = (84, 84),
         camera: int = 0,
     ) -> None:
+        if render_mode is not None:
+            # Mesa and PyTorch's compiler each bring an LLVM. Loaded in the other order, by the first optimizer, the process crashes.
+            import_module("torch._dynamo")
         from dm_control import suite
 
         if (domain, task) not in suite.ALL_TASKS:
@@ -82,10 +86,11 @@ class DMControl(Env[np.ndarray, np.ndarray]):
         if given.shape != self.action_space.shape or np.abs(given).max() > 1 + 1e-5:
             raise ValueError(f"expected an action of shape {self.action_space.shape} in [-1, 1], got {action}")
         scaled = self._low + (given.clip(-1, 1) + 1) / 2 * (self._high - self._low)
-        reward = 0.0
+        reward, discount = 0.0, 1.0
         for _ in range(self._repeat):
             outcome = self._task.step(scaled)
-            reward += outcome.reward or 0.0
+            reward += discount * (outcome.reward or 0.0)
+            discount *= outcome.discount
             if outcome.last():
                 break
         terminated = outcome.last() and outcome.discount == 0

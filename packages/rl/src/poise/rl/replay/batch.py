@@ -17,7 +17,7 @@ class Batch(NamedTuple):
         observation: what was seen, (batch, ...).
         action: what was done; integers for discrete actions.
         reward: :math:`\sum_{j<m} \gamma^j r_j` over the m steps of the transition.
-        discount: :math:`\gamma^m`, whether or not the episode terminated.
+        discount: :math:`\gamma^m`, whether or not the episode terminated; times the discounts of an environment that has its own.
         next_observation: what was seen after the last of these steps.
         terminated: whether the episode came to its true end there.
         row: where each transition begins in its store.

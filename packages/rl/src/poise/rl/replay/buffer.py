@@ -91,6 +91,7 @@ class ReplayBuffer:
             "observation": (frame, np.uint8 if observation_space.dtype == np.uint8 else number),
             "action": (self._action_shape, np.int64 if isinstance(action_space, Discrete) else number),
             "reward": ((), number),
+            "discount": ((), number),  # gamma times the environment's own discount
             "terminated": ((), np.bool_),
             "last": ((), np.bool_),  # the episode ends with this action
             "age": ((), np.int64),  # steps since the episode began
@@ -120,12 +121,17 @@ class ReplayBuffer:
         *,
         terminated: bool,
         truncated: bool,
+        discount: float = 1.0,
     ) -> None:
         """Store a step. Steps of an episode follow each other; ``observation`` is read only at its beginning.
 
+        ``discount`` is the environment's own, by which γ is multiplied for this step; most have none.
+
         Raises:
-            ValueError: the reward is not finite, or an array has the wrong shape.
+            ValueError: the reward is not finite, the discount is not in [0, 1], or an array has the wrong shape.
         """
+        if not 0 <= discount <= 1:
+            raise ValueError(f"a discount must lie in [0, 1], got {discount} at row {self.written}")
         if not math.isfinite(float(reward)):
             raise ValueError(f"rewards must be finite, got {reward} at row {self.written}")
         if np.shape(action) != self._action_shape:
@@ -136,6 +142,7 @@ class ReplayBuffer:
         arrays, row = self._arrays, self.written % self._rows
         arrays["action"][row] = action
         arrays["reward"][row] = float(reward)
+        arrays["discount"][row] = self.gamma * discount
         arrays["terminated"][row] = terminated
         arrays["last"][row] = ended
         arrays["age"][row] = self._age
@@ -173,15 +180,15 @@ class ReplayBuffer:
     def gather(self, start: Int64[Tensor, "batch"]) -> Batch:
         """The transitions that begin at given rows (``Batch.row`` of a sampled one)."""
         row = start % self._rows
-        reward, terminated, age = (self._columns[name].index_select(0, row) for name in ("reward", "terminated", "age"))
-        discount = torch.full_like(reward, self.gamma)
+        first = ("reward", "discount", "terminated", "age")
+        reward, discount, terminated, age = (self._columns[name].index_select(0, row) for name in first)
         taken = torch.ones_like(row)
         if self.steps > 1:
             running = ~self._columns["last"].index_select(0, row)
             for _ in range(1, self.steps):
                 here = (row + taken).remainder_(self._rows)  # past the end of an episode it is masked
                 reward = reward + torch.where(running, discount * self._columns["reward"].index_select(0, here), 0.0)
-                discount = torch.where(running, self.gamma * discount, discount)
+                discount = torch.where(running, discount * self._columns["discount"].index_select(0, here), discount)
                 terminated = torch.where(running, self._columns["terminated"].index_select(0, here), terminated)
                 taken = taken + running
                 running = running & ~self._columns["last"].index_select(0, here)
