@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from poise.core.testing import Sample, randn
+from poise.rl.offline.normalizer import StateNormalizer
+from poise.rl.offline.prdc import DatasetConstraint, dataset_constraint_loss
 from poise.rl.representation.beer import BEERRegularizer, beer_loss, bellman_cosine_bound
 from poise.rl.representation.dissimilarity import DissimilarityRegularizer
 from poise.rl.representation.dr3 import DR3Regularizer
@@ -14,6 +16,12 @@ from poise.rl.representation.rank import representation_rank
 
 STOPPED = "the bound is a constant for the gradient, but not for finite differences; test_beer.py compares the gradient"
 A_NUMBER = "an integer"
+SEARCHED = "whether a search has proven its answer depends on the data"
+
+
+def _constraint(power: int) -> DatasetConstraint:
+    states, actions = (randn(torch.Generator().manual_seed(1), 40, width) for width in (3, 2))
+    return DatasetConstraint(states, actions.tanh(), 0.5, weight=0.5, power=power)
 
 
 class Features(nn.Module):
@@ -100,5 +108,34 @@ SAMPLES: tuple[Sample, ...] = (
         inputs=lambda g: (randn(g, 9, 4),),
         differentiable=(),
         reason=A_NUMBER,
+    ),
+    Sample(
+        name="prdc/constraint",
+        build=lambda: _constraint(power=2),
+        inputs=lambda g: (randn(g, 6, 3), randn(g, 6, 2).tanh()),
+        differentiable=(1,),
+        fake_cuda=False,
+        reason=SEARCHED,
+    ),
+    Sample(
+        name="prdc/constraint_distance",
+        build=lambda: _constraint(power=1),
+        inputs=lambda g: (randn(g, 6, 3), randn(g, 6, 2).tanh()),
+        differentiable=(1,),
+        fake_cuda=False,
+        reason=SEARCHED,
+    ),
+    Sample(
+        name="prdc/loss",
+        build=lambda: partial(dataset_constraint_loss, k=2, mode="mean"),
+        inputs=lambda g: (randn(g, 6, 3), randn(g, 6, 2).tanh(), randn(g, 40, 3), randn(g, 40, 2).tanh()),
+        differentiable=(1,),
+        fake_cuda=False,
+        reason=SEARCHED,
+    ),
+    Sample(
+        name="prdc/normalizer",
+        build=lambda: StateNormalizer(3 * randn(torch.Generator().manual_seed(1), 40, 3) + 1),
+        inputs=lambda g: (randn(g, 6, 3),),
     ),
 )
