@@ -385,7 +385,8 @@ def test_a_missing_library_is_named(backend: str, module: str, package: str, mon
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_answers_on_the_gpu_equal_those_on_the_cpu(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("backend", ["auto", "boxes"])
+def test_answers_on_the_gpu_equal_those_on_the_cpu(backend: str, generator: torch.Generator) -> None:
     data, queries = torch.randn(50_000, 23, generator=generator), torch.randn(256, 23, generator=generator)
-    found = Neighbors(data.cuda()).query(queries.cuda(), 4)
+    found = Neighbors(data.cuda(), backend).query(queries.cuda(), 4)
     assert_same(Nearest(found.distances.cpu(), found.indices.cpu()), brute_force(queries, data, 4))

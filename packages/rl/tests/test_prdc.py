@@ -1,6 +1,7 @@
 """PRDC: the nearest logged pair is exact, the constraint is softer than cloning, and only the policy feels it."""
 
 import copy
+import importlib.util
 
 import gymnasium
 import numpy as np
@@ -25,7 +26,10 @@ from poise.rl import (
     evaluate,
 )
 
-BACKENDS = pytest.mark.parametrize("backend", ["auto", "matmul", "boxes", "kdtree", "faiss"])
+needs_faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")
+BACKENDS = pytest.mark.parametrize(
+    "backend", ["auto", "matmul", "boxes", "kdtree", pytest.param("faiss", marks=needs_faiss)]
+)
 SMALL = TD3BackboneConfig(hidden=(16, 16), batch_size=32)
 
 
