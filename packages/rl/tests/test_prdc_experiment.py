@@ -14,8 +14,10 @@ from poise.rl.experiments.prdc import ARMS, EXPERIMENT, TASK_ARMS
 from poise.rl.experiments.prdc_line import Behaviour, LineWorld, line_log
 
 TINY = {"batch": 16, "hidden": (16, 16), "steps": 6, "evaluate_every": 2, "episodes": 1, "sample": 20, "starts": 2}
+LOGS = {"narrow_steps": 4, "hopper_steps": 4, "hopper_logged": 100}
 LINE = {"line_steps": 4, "line_logged": 100, "line_hidden": (16, 16), "line_batch": 16, "line_episodes": 2}
-QUICK = replace(EXPERIMENT.presets["quick"], **TINY, **LINE, horizon=20, logged=450)
+QUICK = replace(EXPERIMENT.presets["quick"], **TINY, **LINE, horizon=20, logged=450, **LOGS)
+NO_OTHERS = {"hopper_steps": 250, "line_steps": 0}
 TASK_METRICS = {"return", "distance", "q", "neighbour_share", "overestimation"}
 
 
@@ -29,19 +31,21 @@ def train(config, arm, folder, **arguments):
 def test_every_arm_learns_and_all_are_compared(tmp_path):
     results = {arm: train(QUICK, arm, tmp_path) for arm in ARMS}
     for arm, result in results.items():
-        of_task = TASK_METRICS | {"behaviour", "gain"} if arm in TASK_ARMS else set()
+        of_logs = {f"{log}_{metric}" for log in ("narrow", "hopper") for metric in TASK_METRICS}
+        of_task = TASK_METRICS | of_logs | {"behaviour", "gain", "narrow_behaviour"} if arm in TASK_ARMS else set()
         assert result.metrics.keys() == of_task | {"line_return", "line_gain"}
     for claim in EXPERIMENT.claims:
         assert "quick" not in claim.presets or claim.metric in results[claim.arm].metrics
     EXPERIMENT.compare(QUICK, results, Run.scratch(tmp_path / "compare"))
     drawn = {path.name for path in (tmp_path / "compare" / "figures").iterdir()}
-    assert drawn == {"arms.png", "values.png", "line.png"}
+    logs = {f"{log}_{kind}.png" for log in ("mixed", "narrow", "hopper") for kind in ("curves", "values")}
+    assert drawn == logs | {"line.png"}
     assert len({results[arm].metrics["behaviour"] for arm in TASK_ARMS}) == 1, "one log for all arms"
 
 
 def test_the_log_of_the_pendulum_mixes_noises():
     config = replace(QUICK, logged=600)
-    data, behaviour = experiment.log_pendulum(config, 0)
+    data, behaviour = experiment.log_pendulum(config, config.noises, 0)
     saturated = (data.actions.abs() == 1).float().view(3, 200).mean(1)
     assert saturated[0] < saturated[1] < saturated[2]
     assert -1_800 < behaviour < -100
@@ -131,9 +135,9 @@ def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_prdc_keeps_values_finite_and_comes_nearer_to_the_data(tmp_path):
-    config = replace(EXPERIMENT.presets["quick"], steps=2_000, evaluate_every=250, line_steps=0)
+    config = replace(EXPERIMENT.presets["quick"], steps=2_000, narrow_steps=2_000, evaluate_every=250, **NO_OTHERS)
     held, free = train(config, "prdc", tmp_path), train(config, "baseline", tmp_path)
-    assert held.metrics["distance"] < free.metrics["distance"]
+    assert held.metrics["narrow_distance"] < free.metrics["narrow_distance"]
     assert held.metrics["return"] > free.metrics["return"] - 200
-    distance = held.load("curves")["distance"]
+    distance = held.load("narrow_curves")["distance"]
     assert distance[-1] < distance[0]

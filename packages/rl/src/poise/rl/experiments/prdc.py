@@ -7,14 +7,15 @@ arXiv 2306.06569.
 
 Presets:
 
-- ``quick``: a pendulum's log of a scripted swing-up with little, much and very much noise; and a line on which half of the log walks
-  away from the goal, where the limits of beta are arms of their own.
+- ``quick``: a pendulum's log of a scripted swing-up with little, much and very much noise, which covers all actions; a narrow one with
+  little noise, which leaves most of them untried; Hopper's log of smooth actions, three of them at once, where there is more room to
+  leave the data; and a line on which half of the log walks away from the goal, where the limits of beta are arms of their own.
 - ``paper``: the published settings on a data set of D4RL, hopper-medium unless ``--set task=...`` and ``--data`` say otherwise. It
   reads D4RL's HDF5 files and Minari's data sets.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,10 @@ class Config:
         reward_scale: factor on the rewards that critics see.
         logged: transitions in the log of the pendulum.
         noises: standard deviations of the noise on its torques, for one episode after the other.
+        narrow_noises: the same in the narrow log.
+        narrow_steps: updates on the narrow log.
+        hopper_logged: transitions in Hopper's log.
+        hopper_steps: updates on it.
         evaluate_every: updates between points of the curves.
         episodes: episodes per evaluation of the return.
         sample: logged states on which the distance to the data is measured.
@@ -84,7 +89,7 @@ class Config:
     task: str = "Pendulum-v1"
     alpha: float = 2.5
     beta: float = 2.0
-    steps: int = 10_000
+    steps: int = 5_000
     batch: int = 128
     hidden: tuple[int, ...] = (128, 128)
     learning_rate: float = 3e-4
@@ -92,6 +97,10 @@ class Config:
     reward_scale: float = 0.1
     logged: int = 10_000
     noises: tuple[float, ...] = (0.3, 1.5, 3.0)
+    narrow_noises: tuple[float, ...] = (0.3,)
+    narrow_steps: int = 3_000
+    hopper_logged: int = 5_000
+    hopper_steps: int = 1_500
     evaluate_every: int = 500
     episodes: int = 10
     sample: int = 1_000
@@ -116,7 +125,7 @@ def make_env(config: Config, *, scaled: bool = False, horizon: int | None = None
     return TransformReward(env, lambda reward: config.reward_scale * float(reward)) if scaled else env
 
 
-def log_pendulum(config: Config, seed: int) -> tuple[OfflineDataset, float]:
+def log_pendulum(config: Config, noises: tuple[float, ...], seed: int) -> tuple[OfflineDataset, float]:
     """The swing-up with noise that changes from episode to episode, and its mean return."""
     env, generator = make_env(config), derive_generator(seed, "log")
     length = env.spec.max_episode_steps if env.spec is not None else None
@@ -125,13 +134,26 @@ def log_pendulum(config: Config, seed: int) -> tuple[OfflineDataset, float]:
 
     def act(observation: np.ndarray) -> np.ndarray:
         nonlocal taken
-        noise = config.noises[taken // length % len(config.noises)] * torch.randn(1, generator=generator).numpy()
+        noise = noises[taken // length % len(noises)] * torch.randn(1, generator=generator).numpy()
         taken += 1
         return ((swing_up(observation[None])[0] + noise) / 2).clip(-1, 1)
 
     data = OfflineDataset.from_env_rollout(env, act, config.logged, seed=seed)
     whole = data.rewards[: len(data) // length * length].view(-1, length)
     return data, float(whole.sum(1).mean())
+
+
+def log_hopper(config: Config, seed: int) -> OfflineDataset:
+    """Smooth random actions of a small range."""
+    generator = derive_generator(seed, "hopper")
+    action: np.ndarray = np.zeros(3, np.float32)
+
+    def act(_: np.ndarray) -> np.ndarray:
+        nonlocal action
+        action = 0.9 * action + 0.15 * torch.randn(3, generator=generator).numpy()
+        return action.clip(-1, 1)
+
+    return OfflineDataset.from_env_rollout(make_env(config), act, config.hopper_logged, seed=seed)
 
 
 def read_log(path: Path) -> OfflineDataset:
@@ -151,12 +173,10 @@ def make_agent(arm: str, data: OfflineDataset, config: TD3BackboneConfig, beta: 
 # The task
 
 
-def learn_task(config: Config, arm: str, run: Run) -> dict[str, float]:
-    """Learn from the log, and measure return, distance to the data and errors of the values."""
-    if config.task == "Pendulum-v1":
-        data, behaviour = log_pendulum(config, run.seed)
-    else:
-        data, behaviour = run.load(read_log), float("nan")
+def learn_task(
+    config: Config, arm: str, run: Run, data: OfflineDataset, behaviour: float, *, steps: int, log: str
+) -> dict[str, float]:
+    """Learn from a log, and measure return, distance to the data and errors of the values."""
     settings = TD3BackboneConfig(
         alpha=config.alpha,
         discount=config.gamma,
@@ -169,11 +189,11 @@ def learn_task(config: Config, arm: str, run: Run) -> dict[str, float]:
     # every arm is measured by the same distance
     constraint = DatasetConstraint(agent.data.observations, agent.data.actions, config.beta)
     drawn = torch.randperm(len(data), generator=derive_generator(run.seed, "sample"))[: config.sample].to(run.device)
-    points = max(1, config.steps // config.evaluate_every)
+    points = max(1, steps // config.evaluate_every)
     curves = {name: torch.zeros(points, dtype=torch.float64) for name in ("step", *figures.LABELS)}
     curves["behaviour"] = torch.full((points,), behaviour, dtype=torch.float64)
 
-    for step in run.steps(config.steps, name="task", agent=agent, curves=curves):
+    for step in run.steps(steps, name=log, agent=agent, curves=curves):
         metrics = agent.learn(run.generator)
         if (step + 1) % config.evaluate_every == 0:
             returns = evaluate(agent, partial(make_env, config), episodes=config.episodes, seed=run.seed)
@@ -185,15 +205,37 @@ def learn_task(config: Config, arm: str, run: Run) -> dict[str, float]:
             run.log(step, loss=metrics["critic_loss"], **measured)
 
     errors = overestimation(config, agent, run.seed)
-    run.save("values", values=torch.from_numpy(errors.values), returns=torch.from_numpy(errors.returns))
-    run.save("curves", **curves)
-    run.figure("curves", figures.curves({arm: curves}))
-    results = {name: float(curves[name][-1]) for name in figures.LABELS} | {"overestimation": errors.bias}
-    if config.task == "Pendulum-v1":
-        results |= {"behaviour": behaviour, "gain": results["return"] - behaviour}
+    run.save(f"{log}_values", values=torch.from_numpy(errors.values), returns=torch.from_numpy(errors.returns))
+    run.save(f"{log}_curves", **curves)
+    run.figure(f"{log}_curves", figures.curves({arm: curves}))
+    return {name: float(curves[name][-1]) for name in figures.LABELS} | {"overestimation": errors.bias}
+
+
+def learn_pendulum(config: Config, arm: str, run: Run) -> dict[str, float]:
+    """Learn from the log of many noises, from the narrow one, and from Hopper's."""
+    data, behaviour = log_pendulum(config, config.noises, run.seed)
+    mixed = learn_task(config, arm, run, data, behaviour, steps=config.steps, log="mixed")
+    data, expert = log_pendulum(config, config.narrow_noises, run.seed)
+    narrow = learn_task(config, arm, run, data, expert, steps=config.narrow_steps, log="narrow")
+    gains = {"behaviour": behaviour, "gain": mixed["return"] - behaviour, "narrow_behaviour": expert}
+    elsewhere = replace(config, task="Hopper-v5", reward_scale=1.0)
+    data = log_hopper(elsewhere, run.seed)
+    hopper = learn_task(elsewhere, arm, run, data, float("nan"), steps=config.hopper_steps, log="hopper")
+    prefixed = {
+        f"{log}_{metric}": value
+        for log, metrics in (("narrow", narrow), ("hopper", hopper))
+        for metric, value in metrics.items()
+    }
+    return mixed | gains | prefixed
+
+
+def learn_published(config: Config, arm: str, run: Run) -> dict[str, float]:
+    """Learn from the log that the user gave, whose own returns are not known."""
+    data = run.load(read_log)
+    metrics = learn_task(config, arm, run, data, float("nan"), steps=config.steps, log="published")
     if config.task.lower().partition("-")[0] in REFERENCE:
-        results["score"] = float(d4rl_normalized_score(config.task, results["return"]))
-    return results
+        metrics["score"] = float(d4rl_normalized_score(config.task, metrics["return"]))
+    return metrics
 
 
 @torch.no_grad()
@@ -248,7 +290,9 @@ def learn_line(config: Config, arm: str, run: Run) -> dict[str, float]:
 
 def run(config: Config, arm: str, run: Run) -> dict[str, float]:
     """Train and measure one arm."""
-    metrics = learn_task(config, arm, run) if arm in TASK_ARMS else {}
+    metrics: dict[str, float] = {}
+    if arm in TASK_ARMS:
+        metrics |= (learn_pendulum if config.task == "Pendulum-v1" else learn_published)(config, arm, run)
     if config.line_steps:
         metrics |= learn_line(config, arm, run)
     return metrics
@@ -256,10 +300,14 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
 
 def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
     """The arms' curves, their values against Monte-Carlo returns, and their policies on the line."""
-    for name, draw in (("curves", figures.curves), ("values", figures.values), ("line", figures.line)):
-        known = {arm: result.load(name) for arm, result in results.items() if result.has(name)}
-        if known:
-            run.figure("arms" if name == "curves" else name, draw(known))
+    for log in ("mixed", "narrow", "hopper", "published", ""):
+        for kind, draw in (
+            (("curves", figures.curves), ("values", figures.values)) if log else (("line", figures.line),)
+        ):
+            name = f"{log}_{kind}" if log else kind
+            known = {arm: result.load(name) for arm, result in results.items() if result.has(name)}
+            if known:
+                run.figure(name, draw(known))
 
 
 EXPERIMENT = Experiment(

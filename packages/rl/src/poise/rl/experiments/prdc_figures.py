@@ -1,6 +1,7 @@
 """Figures of the PRDC experiment."""
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -34,9 +35,9 @@ def curves(arms: Mapping[str, Mapping[str, Tensor]]) -> "Figure":
         axes = figure.add_subplot(2, 2, index + 1)
         for arm, measured in arms.items():
             axes.plot(measured["step"].numpy(), measured[name].numpy(), color=COLOURS[arm], label=arm)
-        if name == "return":
-            behaviour = next(iter(arms.values()))["behaviour"]
-            axes.axhline(float(behaviour.mean()), color="0.6", linestyle="--", label="behaviour")
+        behaviour = float(next(iter(arms.values()))["behaviour"][0])
+        if name == "return" and isfinite(behaviour):
+            axes.axhline(behaviour, color="0.6", linestyle="--", label="behaviour")
         axes.set_title(label, fontsize=10)
         axes.set_xlabel("updates", fontsize=9)
         if index == 0:
