@@ -43,6 +43,12 @@ def test_every_arm_learns_and_all_are_compared(tmp_path):
     assert len({results[arm].metrics["behaviour"] for arm in TASK_ARMS}) == 1, "one log for all arms"
 
 
+def test_arms_begin_alike_whatever_they_learned_before(tmp_path):
+    config = replace(QUICK, line_steps=1)  # the policy has not moved yet
+    lines = [train(config, arm, tmp_path).load("line") for arm in ("prdc", "support")]
+    assert torch.equal(lines[0]["action"], lines[1]["action"])
+
+
 def test_the_log_of_the_pendulum_mixes_noises():
     config = replace(QUICK, logged=600)
     data, behaviour = experiment.log_pendulum(config, config.noises, 0)

@@ -161,13 +161,15 @@ def read_log(path: Path) -> OfflineDataset:
     return OfflineDataset.from_minari(path) if path.is_dir() else OfflineDataset.from_d4rl_hdf5(path)
 
 
-def make_agent(arm: str, data: OfflineDataset, config: TD3BackboneConfig, beta: float, device: torch.device) -> TD3:
-    """The arm's agent."""
+def make_agent(arm: str, data: OfflineDataset, config: TD3BackboneConfig, beta: float, run: Run) -> TD3:
+    """The arm's agent. All arms begin a log with the same networks and draw the same batches, whatever they learned before."""
+    torch.manual_seed(run.seed)
+    run.generator.manual_seed(run.seed)
     if arm == "baseline":
-        return TD3(data, config, device=device)
+        return TD3(data, config, device=run.device)
     if arm == "td3bc":
-        return TD3BC(data, config, device=device)
-    return PRDC(data, config, beta=beta, device=device)
+        return TD3BC(data, config, device=run.device)
+    return PRDC(data, config, beta=beta, device=run.device)
 
 
 # The task
@@ -185,7 +187,7 @@ def learn_task(
         batch_size=config.batch,
         reward_scale=config.reward_scale,
     )
-    agent = make_agent(arm, data, settings, config.beta, run.device)
+    agent = make_agent(arm, data, settings, config.beta, run)
     # every arm is measured by the same distance
     constraint = DatasetConstraint(agent.data.observations, agent.data.actions, config.beta)
     drawn = torch.randperm(len(data), generator=derive_generator(run.seed, "sample"))[: config.sample].to(run.device)
@@ -275,7 +277,7 @@ def learn_line(config: Config, arm: str, run: Run) -> dict[str, float]:
         hidden=config.line_hidden,
         batch_size=config.line_batch,
     )
-    agent = make_agent(arm, data, settings, LINE_BETA.get(arm, config.line_beta), run.device)
+    agent = make_agent(arm, data, settings, LINE_BETA.get(arm, config.line_beta), run)
     for step in run.steps(config.line_steps, name="line", agent=agent):
         metrics = agent.learn(run.generator)
         if (step + 1) % config.evaluate_every == 0:
