@@ -91,6 +91,18 @@ def overhead(data: OfflineDataset) -> Case:
     return case(name, plain, constrained)
 
 
+def bounded(data: OfflineDataset, noise: float) -> Case:
+    """The search by the product of all rows, and by boxes from the batch row's own distance."""
+    agent = PRDC(data, beta=BETA)
+    states, actions = agent.data.observations, agent.data.actions
+    plain, boxes = (DatasetConstraint(states, actions, BETA, backend=backend) for backend in ("matmul", "boxes"))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(data), (BATCH,), generator=generator)
+    policy = (actions[rows] + noise * torch.randn(BATCH, actions.shape[1], generator=generator)).clamp(-1, 1)
+    name = f"{BATCH} queries in {len(data):,} rows, actions {noise} from the logged ones: all rows, and boxes"
+    return case(name, lambda: plain.query(states[rows], policy), lambda: boxes.query(states[rows], policy, rows))
+
+
 def chunked_product(keys: Tensor, queries: Tensor) -> np.ndarray:
     """The recommended brute force: products of chunks that fit into the cache, and a running minimum; float32."""
     half_norms = keys.square().sum(1) / 2
@@ -174,6 +186,6 @@ def bench() -> dict[str, Any]:
     large, small = halfcheetah(ROWS), halfcheetah(FEWER_ROWS)
     return {
         "method": "rl/prdc",
-        "cases": [overhead(small), overhead(large)],
+        "cases": [overhead(small), overhead(large), *(bounded(large, noise) for noise in NOISES)],
         "peers": [*searches(large, NOISES), *searches(small, (0.5,))],
     }
