@@ -68,6 +68,11 @@ def distances(index: Neighbors, queries: Tensor) -> np.ndarray:
     return index.query(queries, K).distances.squeeze(1).numpy()
 
 
+def bounded_distances(index: Neighbors, queries: Tensor, near: Tensor) -> np.ndarray:
+    """Ours, of queries that have a near row."""
+    return index.query(queries, K, near=near).distances.squeeze(1).numpy()
+
+
 def settled(data: Tensor, queries: Tensor) -> Neighbors:
     """An index that has made its choice."""
     index = Neighbors(data)
@@ -96,5 +101,15 @@ def bench() -> dict[str, str | list[Case] | list[Peer]]:
             peer(library, release, label, ours=search, theirs=theirs)
             for library, release, theirs in libraries(data, queries)
             for label, search in found.items()
+        ]
+    for make, rows, columns, asked, distance in ((random, 100_000, 16, 256, 0.2), (curved, 100_000, 23, 256, 0.2)):
+        data, _ = make(rows, columns, asked)
+        queries = data[:asked] + distance * torch.randn(asked, columns, generator=torch.Generator().manual_seed(1))
+        name = f"{make.__name__} {rows:,} x {columns}, {asked} queries, a near row known, boxes"
+        search = partial(bounded_distances, Neighbors(data, "boxes"), queries, torch.arange(asked))
+        cases.append(case(name, partial(whole_matrix, data, queries), search))
+        peers += [
+            peer(library, release, name, ours=search, theirs=theirs)
+            for library, release, theirs in libraries(data, queries)
         ]
     return {"method": "core/neighbors", "cases": cases, "peers": peers}

@@ -14,12 +14,13 @@ from torch import Tensor
 from poise.core.gpu.memory import peak_memory
 from poise.core.neighbors import adaptive
 from poise.core.neighbors.adaptive import AdaptiveSearch
+from poise.core.neighbors.boxes import BoxSearch
 from poise.core.neighbors.libraries import FaissSearch, TreeSearch
 from poise.core.neighbors.matmul import MatmulSearch
 from poise.core.neighbors.search import Nearest, Neighbors, nearest
 
 needs_faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")
-BACKENDS = ["auto", "matmul", "kdtree", pytest.param("faiss", marks=needs_faiss)]
+BACKENDS = ["auto", "matmul", "boxes", "kdtree", pytest.param("faiss", marks=needs_faiss)]
 
 
 def brute_force(queries: Tensor, data: Tensor, k: int, exclude: Tensor | None = None) -> Nearest:
@@ -147,13 +148,16 @@ def test_half_types_are_searched_exactly_and_give_float32_distances(
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_shortened_products_and_autocast_do_not_change_the_answer(precision: str, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("backend", ["matmul", "boxes"])
+def test_shortened_products_and_autocast_do_not_change_the_answer(
+    backend: str, precision: str, generator: torch.Generator
+) -> None:
     data, queries = torch.randn(3_000, 16, generator=generator), torch.randn(20, 16, generator=generator)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = nearest(queries, data, 5, "matmul")
+            found = nearest(queries, data, 5, backend)
     finally:
         torch.set_float32_matmul_precision(before)
     assert_same(found, brute_force(queries, data, 5))
@@ -180,6 +184,72 @@ def test_no_row_outside_the_candidates_lies_below_the_floor(
     squared.scatter_(1, index.clamp(max=1_999), math.inf)
     assert (squared.amin(1) >= floor).all()
     assert (squared.amin(1) <= 1.01 * floor).any()  # and it is not a void one
+
+
+@hypothesis.given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 3_000),
+    columns=st.integers(1, 9),
+    count=st.integers(1, 40),
+    spread=st.sampled_from([2, 1000]),
+    offset=st.sampled_from([0, 2**20]),
+)
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_a_row_known_to_be_near_does_not_change_the_answer(
+    seed: int, rows: int, columns: int, count: int, spread: int, offset: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    data = offset + torch.randint(-spread, spread + 1, (rows, columns), generator=generator).float()
+    near = torch.randint(rows, (count,), generator=generator)
+    queries = data[near] + torch.randint(-2, 3, (count, columns), generator=generator) / 2
+    expected = brute_force(queries, data, 1)
+    for backend in ("boxes", "matmul"):
+        assert_same(Neighbors(data, backend).query(queries, near=near), expected)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 3.0])
+def test_boxes_find_what_brute_force_finds_in_larger_data(noise: float, generator: torch.Generator) -> None:
+    data = torch.randn(40_011, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    near = torch.randint(len(data), (70,), generator=generator)
+    queries = data[near] + noise * torch.randn(70, 12, generator=generator)
+    found = Neighbors(data, "boxes").query(queries, near=near)
+    assert_same(found, brute_force(queries, data, 1))
+    assert noise or found.distances.count_nonzero() == 0
+
+
+def test_boxes_rule_most_rows_out(generator: torch.Generator) -> None:
+    data = torch.randn(20_000, 6, generator=generator)
+    search = BoxSearch(data, 2**28)
+    queries = (data[:50] + 0.05).double()
+    pairs = sum(len(row) for _, row in search.within(queries, torch.full((50,), 6 * 0.05**2, dtype=torch.float64)))
+    assert 50 <= pairs < 200
+    _, leaf = search._reached((search.frame(queries) @ search.axes).float(), torch.full((50,), 1e-4))
+    assert len(leaf) < 0.2 * 50 * search.leaves
+
+
+@pytest.mark.parametrize(("pace", "chosen"), [(0.5, True), (2.0, False)])
+def test_auto_takes_boxes_for_bounded_queries_if_they_measure_faster(
+    pace: float, chosen: bool, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    clock = Clock()
+    clock.slow_down(monkeypatch, MatmulSearch, 1.0)
+    clock.slow_down(monkeypatch, TreeSearch, 2.0)
+    within = BoxSearch.within
+
+    def timed(this: Any, queries: Tensor, squared: Tensor) -> Any:
+        clock.now += pace * len(queries)
+        return within(this, queries, squared)
+
+    monkeypatch.setattr(BoxSearch, "within", timed)
+    monkeypatch.setattr(adaptive.time, "perf_counter", lambda: clock.now)
+    data = torch.randn(3_000, 3, generator=generator)
+    index, near = Neighbors(data), torch.arange(64)
+    answers = [index.query(data[:64] + 0.1, near=near) for _ in range(3)]
+    assert isinstance(index._search, AdaptiveSearch)
+    assert (index._search.boxes is not None) is chosen
+    assert not index._search.undecided_on_balls
+    for answer in answers:
+        assert_same(answer, brute_force(data[:64] + 0.1, data, 1))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -278,6 +348,7 @@ def test_no_queries_give_an_empty_answer() -> None:
         (torch.ones(2, 3).long(), torch.ones(5, 3), {}, TypeError, "queries must be floating, got torch.int64"),
         (torch.ones(2, 3), torch.ones(5, 3).int(), {}, TypeError, "data must be floating, got torch.int32"),
         (torch.full((2, 3), math.nan), torch.ones(5, 3), {}, ValueError, "queries must be finite"),
+        (torch.full((2, 3), math.nan), torch.ones(5, 3), {"backend": "boxes"}, ValueError, "queries must be finite"),
         (torch.full((2, 3), math.inf), torch.ones(5, 3), {}, ValueError, "queries must be finite"),
         (torch.ones(2, 3), torch.full((5, 3), math.nan), {}, ValueError, "data must be finite"),
         (torch.ones(2, 3).double(), torch.full((5, 3), 1e200, dtype=torch.float64), {}, ValueError, "at most 1e.150"),
@@ -288,6 +359,14 @@ def test_bad_input_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         nearest(queries, data, **options)
+
+
+@pytest.mark.parametrize("options", [{"near": torch.zeros(3).long()}, {"near": torch.zeros(2).long(), "k": 2}])
+def test_near_rows_that_do_not_fit_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"near must have shape \(2,\) and goes with k = 1"):
+        Neighbors(torch.ones(5, 3)).query(torch.ones(2, 3), **options)
+    with pytest.raises(ValueError, match="queries must be finite"):
+        Neighbors(torch.ones(5, 3), "boxes").query(torch.full((2, 3), math.nan), near=torch.zeros(2).long())
 
 
 def test_unknown_backend_is_refused() -> None:
@@ -306,7 +385,8 @@ def test_a_missing_library_is_named(backend: str, module: str, package: str, mon
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_answers_on_the_gpu_equal_those_on_the_cpu(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("backend", ["auto", "boxes"])
+def test_answers_on_the_gpu_equal_those_on_the_cpu(backend: str, generator: torch.Generator) -> None:
     data, queries = torch.randn(50_000, 23, generator=generator), torch.randn(256, 23, generator=generator)
-    found = Neighbors(data.cuda()).query(queries.cuda(), 4)
+    found = Neighbors(data.cuda(), backend).query(queries.cuda(), 4)
     assert_same(Nearest(found.distances.cpu(), found.indices.cpu()), brute_force(queries, data, 4))

@@ -9,6 +9,8 @@ from poise.core.testing import Sample, randn
 from poise.rl.agents.drqv2 import Actor, Critic, Encoder
 from poise.rl.agents.truncated_normal import TruncatedNormal
 from poise.rl.augment.random_shifts import RandomShiftsAug, shift_images, shift_images_by_grid
+from poise.rl.offline.normalizer import StateNormalizer
+from poise.rl.offline.prdc import DatasetConstraint, dataset_constraint_loss
 from poise.rl.plasticity.fau import FAUMonitor
 from poise.rl.plasticity.injection import plasticity_injection
 from poise.rl.plasticity.l2_init import L2Init
@@ -22,6 +24,12 @@ from poise.rl.representation.rank import representation_rank
 
 STOPPED = "the bound is a constant for the gradient, but not for finite differences; test_beer.py compares the gradient"
 A_NUMBER = "an integer"
+SEARCHED = "whether a search has proven its answer depends on the data"
+
+
+def _constraint(power: int) -> DatasetConstraint:
+    states, actions = (randn(torch.Generator().manual_seed(1), 40, width) for width in (3, 2))
+    return DatasetConstraint(states, actions.tanh(), 0.5, weight=0.5, power=power)
 
 
 class Features(nn.Module):
@@ -108,6 +116,35 @@ SAMPLES: tuple[Sample, ...] = (
         inputs=lambda g: (randn(g, 9, 4),),
         differentiable=(),
         reason=A_NUMBER,
+    ),
+    Sample(
+        name="prdc/constraint",
+        build=lambda: _constraint(power=2),
+        inputs=lambda g: (randn(g, 6, 3), randn(g, 6, 2).tanh()),
+        differentiable=(1,),
+        fake_cuda=False,
+        reason=SEARCHED,
+    ),
+    Sample(
+        name="prdc/constraint_distance",
+        build=lambda: _constraint(power=1),
+        inputs=lambda g: (randn(g, 6, 3), randn(g, 6, 2).tanh()),
+        differentiable=(1,),
+        fake_cuda=False,
+        reason=SEARCHED,
+    ),
+    Sample(
+        name="prdc/loss",
+        build=lambda: partial(dataset_constraint_loss, k=2, mode="mean"),
+        inputs=lambda g: (randn(g, 6, 3), randn(g, 6, 2).tanh(), randn(g, 40, 3), randn(g, 40, 2).tanh()),
+        differentiable=(1,),
+        fake_cuda=False,
+        reason=SEARCHED,
+    ),
+    Sample(
+        name="prdc/normalizer",
+        build=lambda: StateNormalizer(3 * randn(torch.Generator().manual_seed(1), 40, 3) + 1),
+        inputs=lambda g: (randn(g, 6, 3),),
     ),
 )
 

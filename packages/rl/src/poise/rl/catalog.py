@@ -172,4 +172,54 @@ print(controller.replay_ratio, controller.checks[-1])
     ),
 )
 
-METHODS: tuple[Method, ...] = (BEER, ADAPTIVE_RR)
+PRDC = Method(
+    slug="prdc",
+    package="rl",
+    title="PRDC",
+    kind="penalty",
+    problem="Learn a policy from a fixed log without its values exploding on actions that nobody tried.",
+    summary="Holds the policy to the nearest logged state-action pair instead of the action logged in the very same state.",
+    formula=r"d_\beta(s, a) = \min_i \big\| [\beta s \,;\, a] - [\beta s_i \,;\, a_i] \big\|, \qquad "
+    r"\min_\phi\; -\lambda\, \mathbb E\, Q(s, \pi_\phi(s)) + \mathbb E\, d_\beta(s, \pi_\phi(s))",
+    usage="""import gymnasium
+import torch
+from poise.rl import PRDC, OfflineDataset, TD3BackboneConfig
+
+env = gymnasium.make("Pendulum-v1")
+log = OfflineDataset.from_env_rollout(env, lambda observation: env.action_space.sample(), 1_000)
+agent = PRDC(log, TD3BackboneConfig(hidden=(32, 32), batch_size=64), beta=2.0)
+generator = torch.Generator().manual_seed(0)
+for _ in range(10):
+    metrics = agent.learn(generator)
+print(agent.constraint.value, agent.act(env.reset(seed=0)[0]))
+""",
+    api=(
+        "poise.rl.PRDC",
+        "poise.rl.DatasetConstraint",
+        "poise.rl.dataset_constraint_loss",
+        "poise.rl.TD3",
+        "poise.rl.TD3BC",
+        "poise.rl.TD3BackboneConfig",
+        "poise.rl.PolicyRegularizer",
+        "poise.rl.BehaviorCloning",
+        "poise.rl.OfflineDataset",
+        "poise.rl.StateNormalizer",
+        "poise.rl.d4rl_normalized_score",
+        "poise.rl.Constrained",
+    ),
+    presets=("quick", "paper"),
+    arms=("baseline", "td3bc", "prdc", "support", "beta_100", "nearest_state"),
+    paper="Yuhang Ran, Yi-Chen Li, Fuxiang Zhang, Zongzhang Zhang and Yang Yu, Policy Regularization with Dataset Constraint for "
+    "Offline Reinforcement Learning, ICML 2023",
+    url="https://arxiv.org/abs/2306.06569",
+    bibtex="""@inproceedings{ran2023policy,
+  title     = {Policy Regularization with Dataset Constraint for Offline Reinforcement Learning},
+  author    = {Ran, Yuhang and Li, Yi-Chen and Zhang, Fuxiang and Zhang, Zongzhang and Yu, Yang},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2023},
+  url       = {https://arxiv.org/abs/2306.06569}
+}""",
+    tags=("reinforcement learning", "offline", "policy", "nearest neighbour", "TD3+BC", "D4RL", "Minari"),
+)
+
+METHODS: tuple[Method, ...] = (ADAPTIVE_RR, BEER, PRDC)

@@ -1,17 +1,19 @@
 """What a search must offer, and the one that chooses between the others by measuring."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from poise.core.neighbors.boxes import BoxSearch
 from poise.core.neighbors.libraries import TreeSearch
 from poise.core.neighbors.matmul import MatmulSearch
 
 _TREE_SECONDS_PER_ROW = 1e-6  # building a k-d tree costs less than this
+_BOXES_SECONDS_PER_ROW = 4e-6  # and the boxes about this
 _TRIAL = 16  # queries on which a tree that is far too slow is found out
 
 
@@ -42,6 +44,10 @@ class Search(Protocol):
         """Pairs (query, row), all with squared distance up to ``squared`` among them, in pieces of bounded size."""
         ...
 
+    def prefers_balls(self, queries: Float[Tensor, "m d"], squared: Float[Tensor, " m"]) -> bool:
+        """Whether :meth:`within` is faster than :meth:`candidates` for nearest rows known to lie within ``squared``."""
+        ...
+
 
 class AdaptiveSearch:
     """Matrix products, until they have taken as long as building a k-d tree would; from then on whichever is faster.
@@ -49,12 +55,17 @@ class AdaptiveSearch:
     Whether a tree pays depends on the intrinsic dimension of the data, which no formula in n and d knows. The choice may
     depend on the clock because the neighbours found do not depend on the choice. Building late bounds the loss: data
     that is queried once never pays for a tree. On an accelerator, or without SciPy, there is nothing to choose.
+
+    Queries whose distance is bounded may go to boxes instead, which are built and chosen in the same way.
     """
 
     def __init__(self, data: Float[Tensor, "n d"], memory: int) -> None:
         self.data, self.memory = data, memory
         self.current: MatmulSearch | TreeSearch = MatmulSearch(data, memory)
-        self.undecided = data.device.type == "cpu" and find_spec("scipy") is not None
+        self.boxes: BoxSearch | None = None
+        on_cpu = data.device.type == "cpu"
+        self.undecided = on_cpu and find_spec("scipy") is not None
+        self.undecided_on_balls = on_cpu
         self.seconds = 0.0
 
     def batch(self, count: int) -> int:
@@ -66,9 +77,9 @@ class AdaptiveSearch:
         self, queries: Float[Tensor, "m d"], count: int
     ) -> tuple[Int[Tensor, "m candidates"], Float[Tensor, " m"]]:
         """As the search in use."""
-        if not self.undecided:
+        if not (self.undecided or self.undecided_on_balls):
             return self.current.candidates(queries, count)
-        if self.seconds > _TREE_SECONDS_PER_ROW * self.data.shape[0]:
+        if self.undecided and self.seconds > _TREE_SECONDS_PER_ROW * self.data.shape[0]:
             self._decide(queries, count)
             return self.current.candidates(queries, count)
         start = time.perf_counter()
@@ -79,24 +90,34 @@ class AdaptiveSearch:
     def within(
         self, queries: Float[Tensor, "m d"], squared: Float[Tensor, " m"]
     ) -> Iterator[tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]]:
-        """As the search in use."""
-        return self.current.within(queries, squared)
+        """As the boxes, if there are any, or the search in use."""
+        return (self.boxes or self.current).within(queries, squared)
+
+    def prefers_balls(self, queries: Float[Tensor, "m d"], squared: Float[Tensor, " m"]) -> bool:
+        """What measured faster on such queries."""
+        if self.undecided_on_balls and self.seconds > _BOXES_SECONDS_PER_ROW * self.data.shape[0]:
+            boxes = BoxSearch(self.data, self.memory)
+            pace = _seconds_per_query(lambda some: self.current.candidates(some, 1), queries)
+            if _seconds_per_query(lambda some: list(boxes.within(some, squared)), queries) < pace:
+                self.boxes = boxes
+            self.undecided_on_balls = False
+        return self.boxes is not None
 
     def _decide(self, queries: Float[Tensor, "m d"], count: int) -> None:
         """Compare the two on this batch, unless the tree loses by far on its first queries."""
         tree = TreeSearch(self.data, self.memory)
-        pace = _seconds_per_query(self.current, queries, count)
-        hopeless = _seconds_per_query(tree, queries[:_TRIAL], count) > 4 * pace
-        if not hopeless and _seconds_per_query(tree, queries, count) < pace:
+        pace = _seconds_per_query(lambda some: self.current.candidates(some, count), queries)
+        hopeless = _seconds_per_query(lambda some: tree.candidates(some, count), queries[:_TRIAL]) > 4 * pace
+        if not hopeless and _seconds_per_query(lambda some: tree.candidates(some, count), queries) < pace:
             self.current = tree
         self.undecided = False
 
 
-def _seconds_per_query(search: Search, queries: Float[Tensor, "m d"], count: int) -> float:
+def _seconds_per_query(answer: Callable[[Tensor], object], queries: Float[Tensor, "m d"]) -> float:
     """The best of three: what disturbs a measurement makes it longer."""
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        search.candidates(queries, count)
+        answer(queries)
         seconds.append(time.perf_counter() - start)
     return min(seconds) / queries.shape[0]

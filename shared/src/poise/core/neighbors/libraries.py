@@ -48,6 +48,10 @@ class TreeSearch:
         balls = (self.tree.query_ball_point(*ball) for ball in zip(queries.cpu().numpy(), radius, strict=True))
         return _pieces(balls, self.memory // (48 * (self.columns + 4)), queries.device)
 
+    def prefers_balls(self, queries: Float[Tensor, "m d"], squared: Float[Tensor, " m"]) -> bool:
+        """No: a ball holds many rows, and its query finds the nearest of them by itself."""
+        return False
+
 
 class FaissSearch:
     """The flat (exhaustive) L2 index of faiss, float32, with the error bound of :mod:`poise.core.neighbors.matmul`."""
@@ -92,6 +96,10 @@ class FaissSearch:
         return _pieces(
             map(self._ball, self._float32(points), limit), self.memory // (48 * (self.columns + 4)), queries.device
         )
+
+    def prefers_balls(self, queries: Float[Tensor, "m d"], squared: Float[Tensor, " m"]) -> bool:
+        """No: every row is looked at either way."""
+        return False
 
     def _ball(self, point: np.ndarray, radius: float) -> np.ndarray:
         # a query so far out that float32 overflows: nothing can be ruled out

@@ -62,6 +62,11 @@ def rounding_bound(terms: int, shortened: float = 0.0) -> float:
     return terms * _UNIT / (1 - terms * _UNIT) + 3 * max(shortened, _UNIT)
 
 
+def shortened_inputs() -> float:
+    """Unit roundoff of the inputs of float32 products, where PyTorch may shorten them; 0 where it may not."""
+    return _SHORTENED[torch.get_float32_matmul_precision()]
+
+
 class MatmulSearch:
     """See the module's text. Keeps n (d + 1) float32 numbers."""
 
@@ -69,7 +74,7 @@ class MatmulSearch:
         self.rows, self.columns = data.shape
         self.memory = memory
         self.frame = Frame(data)
-        self.kappa = rounding_bound(self.columns + 8, _SHORTENED[torch.get_float32_matmul_precision()])
+        self.kappa = rounding_bound(self.columns + 8, shortened_inputs())
         self.lifted = data.new_empty((self.rows, self.columns + 1), dtype=torch.float32)
         for part, rows in self.frame.parts(data):
             self.lifted[part, :-1] = rows
@@ -119,6 +124,10 @@ class MatmulSearch:
                 row, query = (~(self._score(start, lifted, tile) > limit[some])).nonzero(as_tuple=True)
                 for at in range(0, row.numel(), piece):
                     yield some[query[at : at + piece]], row[at : at + piece] + start
+
+    def prefers_balls(self, queries: Float[Tensor, "m d"], squared: Float[Tensor, " m"]) -> bool:
+        """No: every row is looked at either way."""
+        return False
 
     def _block_minima(self, points: Float[Tensor, "m d"], size: int) -> Float[Tensor, "m blocks"]:
         lifted = _lift(points)

@@ -19,8 +19,10 @@ the same answer, that of brute force in float64, and only the time differs.
 **Which backend.** ``matmul`` ranks by |x|^2/2 - q.x, one float32 matrix product per tile with its rounding error
 bounded; it runs on any device and its time does not depend on the data. ``kdtree`` is SciPy's k-d tree on the CPU: many
 times faster for data of low intrinsic dimension (up to about 6, whatever the number of columns), many times slower
-above. ``faiss`` is the flat index of faiss-cpu, which only keeps up for a handful of queries at a time. ``auto`` starts
-with ``matmul`` and, on the CPU, changes to the tree when that measures faster. ``benchmarks/bench_neighbors.py``
+above. ``boxes`` is for queries of which a near row is known beforehand (``near``): in 23 dimensions still several times
+faster than the product. ``faiss`` is the flat index of faiss-cpu, which only keeps up for a handful of queries at a
+time. ``auto`` starts with ``matmul`` and, on the CPU, changes to the tree, or for queries with ``near`` to the boxes,
+when that measures faster. ``benchmarks/bench_neighbors.py``
 measures all of them; the committed result is ``docs/results/core/neighbors.bench.json``.
 
 Other metrics reduce to this one: cosine similarity by normalising the rows, a weighted distance by scaling the columns.
@@ -34,12 +36,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from poise.core.neighbors.adaptive import AdaptiveSearch, Search
+from poise.core.neighbors.boxes import BoxSearch
 from poise.core.neighbors.libraries import FaissSearch, TreeSearch
 from poise.core.neighbors.matmul import MatmulSearch
 
 _BACKENDS: dict[str, Callable[[Tensor, int], Search]] = {
     "auto": AdaptiveSearch,
     "matmul": MatmulSearch,
+    "boxes": BoxSearch,
     "kdtree": TreeSearch,
     "faiss": FaissSearch,
 }
@@ -58,9 +62,9 @@ class Neighbors:
     """An index over fixed data, built once and queried often.
 
     Args:
-        data: rows (n, d), floating; kept, not copied: it must not change while the index is in use. ``matmul`` adds
-            4 n (d + 1) bytes on the data's device, the others keep what their library keeps.
-        backend: ``"auto"``, ``"matmul"``, ``"kdtree"`` or ``"faiss"``, see the module's text.
+        data: rows (n, d), floating; kept, not copied: it must not change while the index is in use. ``matmul`` and ``boxes``
+            add about 4 n (d + 1) bytes on the data's device, the others keep what their library keeps.
+        backend: ``"auto"``, ``"matmul"``, ``"boxes"``, ``"kdtree"`` or ``"faiss"``, see the module's text.
         memory: bytes of working memory per query call, ``None`` for 256 MiB. The queries in float64 and the results come
             on top, and for ``kdtree`` and ``faiss`` what their library uses.
 
@@ -85,7 +89,13 @@ class Neighbors:
         return self.data.shape[0]
 
     @torch.no_grad()
-    def query(self, queries: Tensor, k: int = 1, exclude: Int[Tensor, "..."] | None = None) -> Nearest:
+    def query(
+        self,
+        queries: Tensor,
+        k: int = 1,
+        exclude: Int[Tensor, "..."] | None = None,
+        near: Int[Tensor, "..."] | None = None,
+    ) -> Nearest:
         """The k nearest rows of each query. Costs one synchronisation with the device.
 
         Args:
@@ -94,6 +104,8 @@ class Neighbors:
             exclude: (m,) one row number per query that must not be returned. Pass ``arange(n)`` when the queries are
                 the data and a row must not find itself: unlike dropping the first of k + 1, this is right for
                 duplicate rows too.
+            near: (m,) one row number per query that is known to be near, with k = 1 and without ``exclude``. The nearest row is
+                no farther than it, which can save most of the search and never changes the answer.
 
         Returns:
             :class:`Nearest`. Distances are computed in float64 and rounded to the promoted dtype of the inputs (float32
@@ -104,21 +116,30 @@ class Neighbors:
             ValueError: shapes, devices or ``k`` do not fit, a query is not finite, or the memory does not suffice for
                 one query; the message says how much does.
         """
-        self._check(queries, k, exclude)
+        self._check(queries, k, exclude, near)
         dtype = torch.promote_types(torch.promote_types(queries.dtype, self.data.dtype), torch.float32)
         if queries.shape[0] == 0:
             return Nearest(queries.new_empty((0, k), dtype=dtype), queries.new_empty((0, k), dtype=torch.long))
         points = queries.detach().double()
+        if near is not None:
+            bound = self._rounded_up((self.data[near].double() - points).square_().sum(-1))
+            if self._search.prefers_balls(points, bound):
+                _check_finite("queries", points)
+                squared, indices = self._all_within(points, bound, k, exclude)
+                return Nearest(squared.sqrt().to(dtype), indices)
         squared, indices, floor = self._best_candidates(points, k, exclude)
-        # above what the k-th distance can be: rounding of a direct float64 distance, underflow of its squares
-        columns = self.data.shape[1]
-        radius = squared[:, -1] * (1 + (columns + 4) * 2.0**-52) + columns * 1e-307
+        radius = self._rounded_up(squared[:, -1])
         unproven = (~(radius < floor)).nonzero().squeeze(1)  # NaN lands here too
         if unproven.numel():
             _check_finite("queries", points[unproven])
             left_out = None if exclude is None else exclude[unproven]
             squared[unproven], indices[unproven] = self._all_within(points[unproven], radius[unproven], k, left_out)
         return Nearest(squared.sqrt().to(dtype), indices)
+
+    def _rounded_up(self, squared: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+        """Above what these squared distances can be: rounding of a direct float64 distance, underflow of its squares."""
+        columns = self.data.shape[1]
+        return squared * (1 + (columns + 4) * 2.0**-52) + columns * 1e-307
 
     def _best_candidates(
         self, points: Float[Tensor, "m d"], k: int, exclude: Int[Tensor, " m"] | None
@@ -156,7 +177,7 @@ class Neighbors:
             query, squared, index = _first_k(query, torch.cat([squared, new_squared]), index, k)
         return squared.view(-1, k), index.view(-1, k)
 
-    def _check(self, queries: Tensor, k: int, exclude: Tensor | None) -> None:
+    def _check(self, queries: Tensor, k: int, exclude: Tensor | None, near: Tensor | None) -> None:
         _check_rows("queries", queries)
         if queries.shape[1] != self.data.shape[1]:
             raise ValueError(f"queries have {queries.shape[1]} columns, the data {self.data.shape[1]}")
@@ -167,6 +188,11 @@ class Neighbors:
             raise ValueError(f"k must lie in 1..{available} for {len(self)} rows, got {k}")
         if exclude is not None and exclude.shape != queries.shape[:1]:
             raise ValueError(f"exclude must have shape {tuple(queries.shape[:1])}, got {tuple(exclude.shape)}")
+        if near is not None and (near.shape != queries.shape[:1] or k != 1 or exclude is not None):
+            raise ValueError(
+                f"near must have shape {tuple(queries.shape[:1])} and goes with k = 1 and without exclude, got shape "
+                f"{tuple(near.shape)} and k = {k}"
+            )
 
 
 def nearest(
@@ -183,7 +209,7 @@ def nearest(
         queries: (m, d), floating.
         data: (n, d), floating, on the same device.
         k: how many rows, 1 <= k <= n (n - 1 with ``exclude``).
-        backend: ``"auto"``, ``"matmul"``, ``"kdtree"`` or ``"faiss"``, see the module's text.
+        backend: ``"auto"``, ``"matmul"``, ``"boxes"``, ``"kdtree"`` or ``"faiss"``, see the module's text.
         memory: bytes of working memory, ``None`` for 256 MiB.
         exclude: (m,) one row number per query that must not be returned.
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import Space
-from torch import nn
+from torch import Tensor, nn
 
 from poise.rl.agents.networks import Actor, Critic
 from poise.rl.representation.critic_step import CriticRegularizer
@@ -72,8 +72,7 @@ class ActorCritic:
         Returns:
             The action (a,), or (n, a).
         """
-        given = torch.as_tensor(observation).to(self.actor.scale)
-        action = self.actor(given)
+        action = self.actor(self.seen(observation))
         if generator is not None:
             noise = torch.randn(action.shape, generator=generator, dtype=action.dtype).to(action.device)
             action = action + self.exploration_noise * self.actor.scale * noise
@@ -82,11 +81,12 @@ class ActorCritic:
     def value(self, observation: np.ndarray, action: np.ndarray) -> np.ndarray:
         """The first critic's estimate of the return, for a batch of observations and actions."""
         with torch.no_grad():
-            return (
-                self.critics[0](*(torch.as_tensor(each).to(self.actor.scale) for each in (observation, action)))
-                .cpu()
-                .numpy()
-            )
+            given = torch.as_tensor(action).to(self.actor.scale)
+            return self.critics[0](self.seen(observation), given).cpu().numpy()
+
+    def seen(self, observation: np.ndarray) -> Tensor:
+        """What the networks see of observations of the environment; an agent that normalises states does it here."""
+        return torch.as_tensor(observation).to(self.actor.scale)
 
     def state_dict(self) -> dict[str, Any]:
         """Networks, their slow copies, optimizers, regularizers and the number of updates."""

@@ -1,0 +1,1 @@
+"""Learning from a fixed log: data sets and their readers, normalised states and scores, constraints on the policy."""
