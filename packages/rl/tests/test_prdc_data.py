@@ -270,7 +270,7 @@ def test_files_that_are_not_there_or_no_hdf5_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is no HDF5 file"):
         OfflineDataset.from_d4rl_hdf5(tmp_path / "text.hdf5")
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install h5py"):
+    with pytest.raises(ModuleNotFoundError, match="pip install 'poise-rl"):
         OfflineDataset.from_minari(tmp_path)
 
 

@@ -73,7 +73,7 @@ def _opened(path: Path) -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise ModuleNotFoundError("reading HDF5 files needs h5py: pip install h5py") from error
+        raise ModuleNotFoundError("reading HDF5 files needs h5py: pip install 'poise-rl[offline]'") from error
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if not h5py.is_hdf5(path):
