@@ -28,8 +28,9 @@ from torch.nn.functional import cross_entropy, l1_loss, normalize
 
 from poise.core.experiments.published_images import steps_per_epoch, training_batches
 from poise.core.functional import focal_loss
-from poise.core.lab import ArmResult, Claim, Experiment, Run
+from poise.core.lab import ArmResult, Experiment, Run
 from poise.medical.experiments import shisrcnet_figures as figures
+from poise.medical.experiments.shisrcnet_claims import CLAIMS
 from poise.medical.experiments.shisrcnet_data import Tissue, breakhis_tissue, picture_tissue
 from poise.medical.experiments.shisrcnet_measures import Answer, fidelity, gradient_share, predictions, rates
 from poise.medical.experiments.shisrcnet_networks import Bicubic, PretrainedStages
@@ -379,47 +380,6 @@ def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
         run.figure("images", figures.triptychs(columns, first["truth"]))
 
 
-# Claims
-
-PAPER = "Xie et al. 2023"
-
-
-def mechanism(
-    metric: str,
-    arm: str,
-    direction: Literal["higher", "lower"],
-    source: str,
-    *,
-    versus: str | None = None,
-    margin: float = 0.0,
-    note: str = "",
-) -> Claim:
-    """A claim about what a part of the method does."""
-    return Claim(
-        metric=metric,
-        arm=arm,
-        versus=versus,
-        direction=direction,
-        kind="mechanism",
-        margin=margin,
-        source=f"{PAPER}, {source}",
-        note=note,
-    )
-
-
-def outcome(metric: str, arm: str, versus: str, margin: float = 0.0) -> Claim:
-    """A claim about what it is good for."""
-    return Claim(
-        metric=metric,
-        arm=arm,
-        versus=versus,
-        direction="higher",
-        kind="outcome",
-        margin=margin,
-        source=f"{PAPER}, abstract: from low resolution close to what high resolution gives",
-    )
-
-
 EXPERIMENT = Experiment(
     method="medical/shisrcnet",
     presets={
@@ -442,28 +402,5 @@ EXPERIMENT = Experiment(
     only={"paper": tuple(name for name in SETUPS if name != "two_stage")},
     run=run,
     compare=compare,
-    claims=(
-        mechanism("view_gap", "shisrcnet", "higher", "the contrastive term", versus="no_contrast"),
-        mechanism("gradient_share", "shisrcnet", "higher", "both halves train together"),
-        mechanism(
-            *("gradient_share", "detached", "lower", "both halves train together"),
-            margin=1e-12,
-            note="exactly 0 when the gradient is cut",
-        ),
-        mechanism(
-            *("warmup_ratio", "shisrcnet", "lower", "the pixel term"),
-            margin=1.0,
-            note="the difference on test images after the warm-up, relative to that before",
-        ),
-        mechanism(
-            *("l1_ratio", "shisrcnet", "lower", "the pixel term at weight 0.6"),
-            margin=1.02,
-            note="the difference after joint training, relative to that before: it falls, or stays within 2 %",
-        ),
-        outcome("psnr", "shisrcnet", "baseline", margin=0.5),
-        outcome("accuracy", "two_stage", "baseline"),
-        outcome("accuracy", "shisrcnet", "two_stage"),
-        outcome("accuracy", "hr", "shisrcnet"),
-        outcome("accuracy", "shisrcnet", "baseline"),
-    ),
+    claims=CLAIMS,
 )
