@@ -80,7 +80,7 @@ def probes(measured: Mapping[str, Mapping[str, float]], logs: Mapping[str, Mappi
             axes.bar(left, heights, 0.24, color=colour(arm), label=arm)
         axes.set_xticks(np.arange(len(names)), [name.replace("_", "\n") for name in names], fontsize=8)
         axes.set_title(f"error on new targets, {stage} intervention", fontsize=9)
-    axes.legend(fontsize=7, loc="lower right")
+    figure.axes[0].legend(fontsize=7, loc="upper right")
     axes = figure.add_subplot(1, 3, 3)
     for arm, log in logs.items():
         if len(log["fau"]):
