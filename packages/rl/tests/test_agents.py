@@ -211,20 +211,42 @@ def test_numbers_out_of_range_are_refused(kind, bad):
 
 
 @pytest.mark.slow
-def test_td3_solves_the_pendulum():
+def test_td3_learns_the_pendulum_as_well_as_that_of_stable_baselines():
+    baselines = pytest.importorskip("stable_baselines3", reason="the group bench is not installed")
+    from stable_baselines3.common.noise import NormalActionNoise
+
     from poise.rl import evaluate
 
-    env = gymnasium.make("Pendulum-v1")
+    def make_env():
+        return gymnasium.make("Pendulum-v1")
+
+    steps, start, env = 8_000, 500, make_env()
     torch.manual_seed(0)
     agent = TD3Agent(env.observation_space, env.action_space, learning_rate=1e-3)
     buffer, generator = ReplayBuffer(10_000, env.observation_space, env.action_space), torch.Generator().manual_seed(0)
     stream = EpisodeStream(env, seed=0)
-    for step in range(5_000):
+    for step in range(steps):
         action = agent.act(stream.observation, generator)
-        if step < 500:
+        if step < start:
             action = agent.actor.scale.numpy() * (2 * torch.rand(1, generator=generator).numpy() - 1)
         taken = stream.step(action)
         buffer.add(*taken[:4], terminated=taken.terminated, truncated=taken.truncated)
-        if step >= 500:
+        if step >= start:
             agent.update(buffer.sample(128, generator), generator)
-    assert evaluate(agent, lambda: gymnasium.make("Pendulum-v1"), episodes=10, seed=1).mean() > -250
+
+    theirs = baselines.TD3(
+        "MlpPolicy",
+        make_env(),
+        learning_rate=1e-3,
+        batch_size=128,
+        learning_starts=start,
+        action_noise=NormalActionNoise(np.zeros(1), 0.2 * np.ones(1)),
+        policy_kwargs={"net_arch": [256, 256]},
+        seed=0,
+        device="cpu",
+    )
+    theirs.learn(steps)
+    theirs.act = lambda observation: theirs.predict(observation, deterministic=True)[0]
+    ours, reached = (evaluate(each, make_env, episodes=20, seed=1).mean() for each in (agent, theirs))
+    assert ours > reached - 50
+    assert ours > -250
