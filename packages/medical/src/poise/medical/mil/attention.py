@@ -46,17 +46,17 @@ class AttentionPooling(nn.Module):
 
     def score(self, instances: Float[Tensor, "bags instances features"]) -> Float[Tensor, "bags instances rows"]:
         """Raw scores of every instance."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define score()")
 
     def gather(
         self, instances: Float[Tensor, "bags instances features"], weights: Float[Tensor, "bags instances rows"]
     ) -> Float[Tensor, "bags rows width"]:
         """The sum over the instances under their weights; sums over parts of a bag add up to that over the bag."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define gather()")
 
     def finish(self, gathered: Float[Tensor, "bags rows width"]) -> Float[Tensor, "bags ..."]:
         """From that sum to the feature of the bag."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define finish()")
 
     def forward(self, instances: Float[Tensor, "..."], mask: Bool[Tensor, "..."] | None = None) -> Pooled:
         """Pool every bag.
