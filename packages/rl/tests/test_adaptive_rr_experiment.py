@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from poise.core.lab import ArmResult, Run
-from poise.rl import make_dmc_pixels
+from poise.rl import DrQV2Agent, make_dmc_pixels
 from poise.rl.experiments import adaptive_rr as experiment
 from poise.rl.experiments.adaptive_rr import EXPERIMENT
 from poise.rl.experiments.adaptive_rr_arms import ACTING, QUICK
@@ -16,6 +16,7 @@ from poise.rl.plasticity.adaptive_rr import AdaptiveReplayRatio
 SMALL = {
     "size": 24,
     "horizon": 20,
+    "action_repeat": 2,
     "channels": 4,
     "feature_dim": 8,
     "hidden": 16,
@@ -127,7 +128,7 @@ def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path, monkeypatch):
     class KilledError(Exception):
         pass
 
-    update, calls = experiment.DrQV2Agent.update, []
+    update, calls = DrQV2Agent.update, []
 
     def killed(*arguments):
         calls.append(arguments)
@@ -135,10 +136,10 @@ def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path, monkeypatch):
             raise KilledError
         return update(*arguments)
 
-    monkeypatch.setattr(experiment.DrQV2Agent, "update", killed)
+    monkeypatch.setattr(DrQV2Agent, "update", killed)
     with pytest.raises(KilledError):
         train(config, arm, tmp_path / "killed")
-    monkeypatch.setattr(experiment.DrQV2Agent, "update", update)
+    monkeypatch.setattr(DrQV2Agent, "update", update)
     resumed = train(config, arm, tmp_path / "killed")
     assert resumed.metrics == whole.metrics
     assert (resumed.dir / "metrics.jsonl").read_bytes() == (whole.dir / "metrics.jsonl").read_bytes()

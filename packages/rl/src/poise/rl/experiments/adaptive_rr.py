@@ -13,181 +13,26 @@ Presets:
   one; with the study's interventions and competitors as further arms. Needs dm-control and EGL or OSMesa.
 """
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import gymnasium
-import numpy as np
 import torch
-from gymnasium import Env
-from gymnasium.wrappers import RescaleAction, TimeLimit, TransformReward
 from torch import Tensor
 
 from poise.core.gpu import derive_generator
 from poise.core.lab import ArmResult, Experiment, Run
-from poise.rl.agents.drqv2 import DrQV2Agent
 from poise.rl.agents.schedules import MEDIUM
 from poise.rl.envs.episodes import EpisodeStream
-from poise.rl.envs.pixels import PixelFrameStack, make_dmc_pixels
 from poise.rl.evaluation.aggregate import interquartile_mean
 from poise.rl.evaluation.rollouts import evaluate
 from poise.rl.experiments import adaptive_rr_figures as figures
 from poise.rl.experiments.adaptive_rr_arms import ACTING, ARMS, PROBES, QUICK, Arm
 from poise.rl.experiments.adaptive_rr_claims import CLAIMS
 from poise.rl.experiments.adaptive_rr_probe import injection_change, kill_and_revive, probe, summary
+from poise.rl.experiments.adaptive_rr_setup import Config, make_agent, make_buffer, make_env, remember
 from poise.rl.plasticity.adaptive_rr import AdaptiveReplayRatio
-from poise.rl.plasticity.l2_init import L2Init
-from poise.rl.replay.nstep import NStepReplayBuffer
-
-
-@dataclass(frozen=True)
-class Config:
-    """Settings; the defaults are those of the ``quick`` preset.
-
-    Attributes:
-        task: a gymnasium id, or ``dmc:domain-task`` for the control suite.
-        size: height and width of a frame.
-        frame_stack: frames per observation.
-        action_repeat: steps of the environment per step of the agent.
-        horizon: steps of the environment after which an episode is cut off; ``None`` leaves the task's own limit.
-        reward_scale: factor on the rewards that agents see.
-        channels: of each convolution.
-        feature_dim: width of the trunks.
-        hidden: width of the heads.
-        pad: greatest shift of an image.
-        low: the replay ratio before the switch.
-        high: the replay ratio after it.
-        check_freq: episodes between checks.
-        phi_gap: greatest change of the fraction of active units between checks that counts as recovered.
-        start_steps: uniform actions, without updates, before.
-        steps: steps of the agent with updates.
-        buffer: rows of the replay buffer.
-        memory_budget: bytes of frames above which they are kept in files.
-        batch: transitions per update.
-        nstep: steps of a transition.
-        gamma: discount.
-        learning_rate: of Adam.
-        tau: share of the way that the critic's slow copy goes.
-        stddev: schedule of the noise, in steps of the agent.
-        evaluate_every: steps of the agent between evaluations.
-        episodes: episodes per evaluation.
-        intervene_at: step with updates at which arms with one intervention have it.
-        intervene_every: steps between repeated interventions.
-        prime_after: transitions on which the primed arm is primed.
-        prime: updates on them.
-        probe_transitions: transitions of the probe.
-        probe_early: updates before the early interventions of the probe.
-        probe_late: updates before the late ones.
-        probe_rate: learning rate of these updates.
-        fit_targets: random targets of the probe.
-        fit_steps: steps for each.
-        fit_rate: their learning rate.
-    """
-
-    task: str = "Pendulum-v1"
-    size: int = 48
-    frame_stack: int = 3
-    action_repeat: int = 2
-    horizon: int | None = None
-    reward_scale: float = 0.1
-    channels: int = 16
-    feature_dim: int = 50
-    hidden: int = 128
-    pad: int = 3
-    low: float = 0.5
-    high: float = 2.0
-    check_freq: int = 2
-    phi_gap: float = 0.01
-    start_steps: int = 300
-    steps: int = 800
-    buffer: int = 2_000
-    memory_budget: int = 8 * 2**30
-    batch: int = 32
-    nstep: int = 3
-    gamma: float = 0.99
-    learning_rate: float = 5e-4
-    tau: float = 0.01
-    stddev: str = "linear(1.0,0.1,800)"
-    evaluate_every: int = 400
-    episodes: int = 5
-    intervene_at: int = 400
-    intervene_every: int = 200
-    prime_after: int = 400
-    prime: int = 1_000
-    probe_transitions: int = 500
-    probe_early: int = 400
-    probe_late: int = 1_200
-    probe_rate: float = 1e-3
-    fit_targets: int = 2
-    fit_steps: int = 60
-    fit_rate: float = 1e-3
-
-
-def make_env(config: Config, *, scaled: bool = True) -> Env[Any, Any]:
-    """The environment from pixels, actions from -1 to 1; with rewards as the agent sees them, or as they are."""
-    kind, _, name = config.task.rpartition(":")
-    if kind == "dmc":
-        domain, _, task = name.partition("-")
-        env: Env[Any, Any] = make_dmc_pixels(
-            domain,
-            task.replace("-", "_"),
-            frame_stack=config.frame_stack,
-            action_repeat=config.action_repeat,
-            size=config.size,
-        )
-        if config.horizon is not None:
-            env = TimeLimit(env, config.horizon // config.action_repeat)
-    else:
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory, no display is asked for
-        os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # else a run could not be stopped
-        plain = gymnasium.make(
-            name, render_mode="rgb_array", max_episode_steps=config.horizon, disable_env_checker=True
-        )
-        inner: Any = plain.unwrapped
-        inner.screen_dim = 2 * config.size  # pygame draws the picture that small, not 500 x 500
-        ranged = RescaleAction(plain, np.float32(-1), np.float32(1))
-        env = PixelFrameStack(ranged, config.frame_stack, (config.size, config.size), config.action_repeat)
-    return TransformReward(env, lambda reward: config.reward_scale * float(reward)) if scaled else env
-
-
-def make_agent(config: Config, env: Env[Any, Any], run: Run, arm: Arm, rate: float) -> DrQV2Agent:
-    """The agent, initialised by the run's seed alone."""
-    agent = DrQV2Agent(
-        env.observation_space,
-        env.action_space,
-        tau=config.tau,
-        learning_rate=rate,
-        weight_decay=arm.weight_decay,
-        channels=config.channels,
-        feature_dim=config.feature_dim,
-        hidden=config.hidden,
-        pad=config.pad,
-        stddev=config.stddev,
-        exploration_steps=config.start_steps,
-        heads=arm.heads,
-        monitor=("encoder", "actor", "critic"),
-        device=run.device,
-    )
-    if arm.l2_init:
-        agent.penalties.append(L2Init(agent.value_network, arm.l2_init).to(run.device))
-    return agent
-
-
-def make_buffer(config: Config, env: Env[Any, Any], run: Run) -> NStepReplayBuffer:
-    return NStepReplayBuffer(
-        config.buffer,
-        env.observation_space,
-        env.action_space,
-        steps=config.nstep,
-        gamma=config.gamma,
-        frame_stack=config.frame_stack,
-        memory_budget=config.memory_budget,
-        directory=run.dir / "replay",
-    )
-
 
 # Learning to act
 
@@ -213,7 +58,7 @@ def learn_to_act(config: Config, name: str, run: Run) -> dict[str, float]:
     def interact(step: int, primed: int = 0) -> None:
         done = agent.updates - primed
         taken = stream.step(agent.act(stream.observation, run.generator, step))
-        buffer.add(*taken[:4], terminated=taken.terminated, truncated=taken.truncated)
+        remember(buffer, taken, config)
         learnt = step + 1 - config.start_steps
         agent.augment = shift if shifts(arm, learnt, config) else None
         updates = controller.updates_for_step(step) if learnt > 0 else 0
@@ -229,7 +74,7 @@ def learn_to_act(config: Config, name: str, run: Run) -> dict[str, float]:
             arm.intervene(agent, batch, run.generator)
         log["taken"][step], log["ended"][step] = updates, taken.ended
         if taken.ended:
-            log["return"][step] = stream.finished_return / config.reward_scale
+            log["return"][step] = stream.finished_return
             controller.on_episode_end()
             if done:
                 run.log(
@@ -239,7 +84,7 @@ def learn_to_act(config: Config, name: str, run: Run) -> dict[str, float]:
                     replay_ratio=controller.replay_ratio,
                 )
         if learnt > 0 and (learnt % config.evaluate_every == 0 or step + 1 == total):
-            returns = evaluate(agent, partial(make_env, config, scaled=False), episodes=config.episodes, seed=run.seed)
+            returns = evaluate(agent, partial(make_env, config), episodes=config.episodes, seed=run.seed)
             log["evaluation"][learnt // config.evaluate_every] = torch.tensor([step + 1, interquartile_mean(returns)])
             run.log(step, evaluation=interquartile_mean(returns))
 
@@ -257,7 +102,7 @@ def learn_to_act(config: Config, name: str, run: Run) -> dict[str, float]:
 
     run.save("log", **{each: value.contiguous() for each, value in log.items()})
     run.figure("curves", figures.curves({name: log}, config))
-    figures.film(run, agent, make_env(config, scaled=False))
+    figures.film(run, agent, make_env(config))
     return measures(config, log, controller)
 
 
@@ -326,8 +171,7 @@ def probe_plasticity(config: Config, name: str, run: Run) -> dict[str, float]:
     stream, generator = EpisodeStream(env, run.seed), derive_generator(run.seed, "collect")
     for step in range(config.probe_transitions):
         taken = stream.step(agent.act(stream.observation, generator))
-        last = step + 1 == config.probe_transitions
-        buffer.add(*taken[:4], terminated=taken.terminated, truncated=taken.truncated or last)
+        remember(buffer, taken, config, cut=step + 1 == config.probe_transitions)
     data = buffer.gather(torch.arange(config.probe_transitions - config.nstep)).to(run.device)
     settings = {
         "targets": config.fit_targets,
@@ -383,7 +227,9 @@ EXPERIMENT = Experiment(
             Config(),
             task="dmc:quadruped-run",
             size=84,
+            action_repeat=2,
             reward_scale=1.0,
+            reward_offset=0.0,
             channels=32,
             hidden=1024,
             pad=4,
@@ -393,6 +239,7 @@ EXPERIMENT = Experiment(
             steps=1_498_500,
             buffer=100_000,
             batch=256,
+            gamma=0.99,
             learning_rate=1e-4,
             stddev=MEDIUM,
             evaluate_every=5_000,
