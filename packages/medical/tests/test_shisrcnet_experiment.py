@@ -120,7 +120,7 @@ def test_wiring_of_the_release_never_teaches_the_logits_the_class():
 
 def test_an_interrupted_run_resumes_bit_identically(tmp_path, monkeypatch):
     monkeypatch.setattr("poise.core.lab.run.CHECKPOINT_SECONDS", 0.0)
-    config = replace(QUICK, epochs=2, judge_every=1)
+    config = replace(QUICK, epochs=2, evaluate_every=1)
     whole = train(config, "shisrcnet", tmp_path / "whole")
 
     class KilledError(Exception):

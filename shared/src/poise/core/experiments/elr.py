@@ -25,18 +25,9 @@ from torch import Tensor, nn
 
 from poise.core.data import mnist5k
 from poise.core.experiments.elr_measures import Progress, epochs_figure
-from poise.core.experiments.noisy_labels import (
-    Batches,
-    Noise,
-    all_logits,
-    indexed_batches,
-    noisy,
-    part,
-    percent,
-    predictor,
-)
+from poise.core.experiments.noisy_labels import Noise, all_logits, indexed_batches, noisy, part, percent, predictor
 from poise.core.experiments.published_images import ImageSplit, InMemory, read_cifar, steps_per_epoch
-from poise.core.experiments.resnets import resnet
+from poise.core.experiments.resnets import Channels, resnet
 from poise.core.gpu import derive_generator
 from poise.core.lab import ArmResult, Claim, Experiment, Run
 from poise.core.labels.elr import ELRLoss, detect_label_errors
@@ -50,6 +41,8 @@ ARMS = {
     "elr": "ELR",
     "elr_plus": "ELR+: two networks, weight averages, mixup",
 }
+CIFAR = Channels((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+"""With the deviations that are common in code for CIFAR-10."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +134,7 @@ def load(config: Config, run: Run) -> tuple[ImageSplit, Tensor]:
 def build(config: Config, classes: int, dropout: float = 0.0) -> nn.Sequential:
     """The network, for images in [0, 1]."""
     if config.data == "cifar":
-        network = resnet(34, classes, "small", mean=(0.4914, 0.4822, 0.4465), deviation=(0.2023, 0.1994, 0.2010))
+        network = resnet(34, classes, "small", CIFAR)
         head = network.get_submodule("head")
         assert isinstance(head, nn.Sequential)
         head.insert(len(head) - 1, nn.Dropout(dropout))
@@ -175,7 +168,7 @@ def train(config: Config, arm: str, run: Run, split: ImageSplit, labels: Tensor)
     for step in run.steps(count, **state):
         epoch, place = divmod(step, per_epoch)
         set_rate(optimizer, learning_rate(config, epoch))
-        batches = batches or batches_from(step, count, config, run, images)
+        batches = batches or indexed_batches(images, config.batch, range(step, count), run)
         inputs, index = next(batches)
         logits = network(inputs)
         loss = criterion(logits, given[index], index)
@@ -224,7 +217,7 @@ def train_plus(config: Config, run: Run, split: ImageSplit, labels: Tensor) -> P
         turn, place = divmod(step, per_epoch)
         epoch, student = divmod(turn, 2)
         set_rate(optimizers[student], learning_rate_plus(config, epoch))
-        batches = batches or batches_from(step, count, config, run, images)
+        batches = batches or indexed_batches(images, config.batch, range(step, count), run)
         inputs, index = next(batches)
         mix = draw_mix(len(index), config.alpha, derive_generator(run.seed, "mix", step))
         loss = trainer.loss(student, inputs, given[index], index, mix)
@@ -264,13 +257,6 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
 def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
     """The epochs of all arms."""
     run.figure("arms", epochs_figure({arm: result.load("history") for arm, result in results.items()}))
-
-
-def batches_from(step: int, count: int, config: Config, run: Run, images: InMemory) -> Batches:
-    """The batches of the steps from this one, the first of a new or of a resumed run, on."""
-    return indexed_batches(
-        images, config.batch, range(step, count), seed=run.seed, device=run.device, rank=run.rank, world=run.world
-    )
 
 
 def sgd(network: nn.Module, config: Config, weight_decay: float) -> torch.optim.SGD:

@@ -20,25 +20,16 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poise.core.data import mnist5k
+from poise.core.experiments.image_data import ImageData, load_images
 from poise.core.experiments.noisy_labels import Batches, all_logits, indexed_batches, percent, predictor
 from poise.core.experiments.ps_kd_measures import Gradients, reliability_figure
-from poise.core.experiments.published_images import (
-    Images,
-    ImageSplit,
-    InMemory,
-    read_cifar,
-    read_image_folders,
-    steps_per_epoch,
-)
-from poise.core.experiments.resnets import resnet
+from poise.core.experiments.published_images import Images, ImageSplit, steps_per_epoch
+from poise.core.experiments.resnets import IMAGENET, Channels, resnet
 from poise.core.gpu import derive_generator
 from poise.core.lab import ArmResult, Claim, Experiment, Run
 from poise.core.labels.calibration import aurc, eaurc, expected_calibration_error, negative_log_likelihood
@@ -54,6 +45,7 @@ ARMS = {
     "cutmix": "cross-entropy, half of the batches with CutMix",
     "cutmix_ps_kd": "PS-KD, half of the batches with CutMix",
 }
+CIFAR100 = Channels((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
 
 
 @dataclass(frozen=True)
@@ -76,11 +68,11 @@ class Config:
         epochs: passes over the training images.
         batch: images per step.
         learning_rate: of SGD with Nesterov's momentum 0.9.
-        milestones: parts of the run after which the learning rate is divided by 10.
+        milestones: shares of the run after which the learning rate is divided by 10.
         weight_decay: of SGD.
     """
 
-    data: Literal["mnist", "cifar", "folders"] = "mnist"
+    data: ImageData = "mnist"
     size: int = 224
     depth: int = 18
     alpha_T: float = 0.8
@@ -101,21 +93,15 @@ class Config:
 
 def load(config: Config, run: Run) -> ImageSplit:
     """The images, the same for all arms of a seed."""
-    if config.data == "cifar":
-        return run.load(read_cifar)
-    if config.data == "folders":
-        return run.load(partial(read_image_folders, size=config.size))
-    split = mnist5k().split(test=config.test, seed=run.seed)
-    train = split.train.split(test=config.train, seed=run.seed).test
-    return ImageSplit(InMemory.of(train), InMemory.of(split.test))
+    return load_images(config.data, run, train=config.train, test=config.test, size=config.size)
 
 
 def build(config: Config, classes: int) -> nn.Sequential:
     """The network, for images in [0, 1]."""
     if config.data == "cifar":
-        return resnet(config.depth, classes, "small", mean=(0.507, 0.487, 0.441), deviation=(0.267, 0.256, 0.276))
+        return resnet(config.depth, classes, "small", CIFAR100)
     if config.data == "folders":
-        return resnet(config.depth, classes, "large", mean=(0.485, 0.456, 0.406), deviation=(0.229, 0.224, 0.225))
+        return resnet(config.depth, classes, "large", IMAGENET)
     layers: list[nn.Module] = []
     for number, (inputs, outputs) in enumerate(itertools.pairwise((1, *config.widths))):
         stride = 2 if number < 2 else 1
@@ -192,9 +178,7 @@ def loss_of(config: Config, arm: str, examples: int, classes: int) -> PSKDLoss:
 
 def batches_from(step: int, count: int, config: Config, images: Images, run: Run) -> Batches:
     """Augmented images and their numbers, from this step, the first of a new or of a resumed run, on."""
-    batches = indexed_batches(
-        images, config.batch, range(step, count), seed=run.seed, device=run.device, rank=run.rank, world=run.world
-    )
+    batches = indexed_batches(images, config.batch, range(step, count), run)
     if not (config.degrees or config.shift):
         return batches
     return augmented(batches, step, config, run)

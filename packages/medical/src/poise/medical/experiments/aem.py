@@ -18,14 +18,13 @@ Presets:
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from poise.core.gpu import derive_generator
+from poise.core.experiments.published_images import visiting_order
 from poise.core.lab import ArmResult, Claim, Experiment, Run
 from poise.core.schedule import Cosine
 from poise.medical.experiments import aem_figures as figures
@@ -178,7 +177,7 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
         epoch, place = divmod(step, len(split.train))
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
-        bag = split.train[visiting_order(run.seed, epoch, len(split.train))[place]]
+        bag = split.train[int(visiting_order(run.seed, epoch, len(split.train))[place])]
         batch = collate_bags([bag]).to(run.device)
         features, _ = subsample(batch.features)
 
@@ -202,12 +201,6 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
         model.load_state_dict(best)
     draw(arm, model, split, history, run)
     return evaluate(model, split.test, run.device, split.truth) | {"epochs_correlation": correlation(history)}
-
-
-@lru_cache(maxsize=1)
-def visiting_order(seed: int, epoch: int, count: int) -> list[int]:
-    """The order of an epoch's bags; the same for all arms of a seed."""
-    return torch.randperm(count, generator=derive_generator(seed, "order", epoch)).tolist()
 
 
 def keep_best(model: BagModel, validation: Bags, device: torch.device, best: dict[str, Tensor], score: Tensor) -> None:

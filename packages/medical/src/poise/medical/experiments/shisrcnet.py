@@ -101,7 +101,7 @@ class Config:
         gamma: of the focal loss.
         temperature: of the contrastive term.
         joint_batch: whether both views share batch statistics.
-        judge_every: epochs between measurements.
+        evaluate_every: epochs between measurements.
         magnification: of BreaKHis: 40, 100, 200 or 400; none for all.
         split: of BreaKHis: ``patient`` or ``image``.
         split_seed: of BreaKHis.
@@ -130,7 +130,7 @@ class Config:
     gamma: float = 5.0
     temperature: float = 2.0
     joint_batch: bool = False
-    judge_every: int = 2
+    evaluate_every: int = 2
     magnification: int | None = None
     split: str = "patient"
     split_seed: int = 0
@@ -263,7 +263,7 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
         if place + 1 == per_epoch and judge.due(epoch):
             found = judge(model)
             for name, value in {"epoch": epoch + 1.0, **found}.items():
-                history[name][(epoch + 1) // config.judge_every - 1 if epoch + 1 < config.epochs else -1] = value
+                history[name][(epoch + 1) // config.evaluate_every - 1 if epoch + 1 < config.epochs else -1] = value
             run.log(step, **terms, **found)
             if tissue.validation is not None and found["accuracy"] > best_score:
                 best_score.fill_(found["accuracy"])
@@ -308,7 +308,7 @@ class Judge:
 
     def due(self, epoch: int) -> bool:
         """After every few epochs, and after the last."""
-        return (epoch + 1) % self.config.judge_every == 0 or epoch + 1 == self.config.epochs
+        return (epoch + 1) % self.config.evaluate_every == 0 or epoch + 1 == self.config.epochs
 
     def __call__(self, model: SHISRCNet) -> dict[str, float]:
         batch = evaluation_batch(self.config)
@@ -394,7 +394,7 @@ EXPERIMENT = Experiment(
             warmup=0,
             epochs=100,
             batch=4,
-            judge_every=1,
+            evaluate_every=1,
             workers=4,
         ),
     },
