@@ -12,9 +12,10 @@ from poise.core.lab import ArmResult, Run
 from poise.core.lab.errors import BadInput
 from poise.medical import SHISRCLoss, SHISRCOutput
 from poise.medical.experiments import shisrcnet as experiment
-from poise.medical.experiments.shisrcnet import EXPERIMENT, SETUPS, build, released_loss, warmed_up
+from poise.medical.experiments.shisrcnet import EXPERIMENT, SETUPS, build, warmed_up
 from poise.medical.experiments.shisrcnet_data import Tiles, picture_tissue
 from poise.medical.experiments.shisrcnet_measures import view_gap
+from poise.medical.experiments.shisrcnet_parts import released_loss
 from poise.medical.histopathology.resolution import degrade
 from poise.medical.mil.tiles import WEIGHTS
 

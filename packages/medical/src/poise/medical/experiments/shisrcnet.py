@@ -24,20 +24,19 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, l1_loss, normalize
+from torch.nn.functional import l1_loss
 
 from poise.core.experiments.published_images import steps_per_epoch, training_batches
-from poise.core.functional import focal_loss
 from poise.core.lab import ArmResult, Experiment, Run
 from poise.medical.experiments import shisrcnet_figures as figures
 from poise.medical.experiments.shisrcnet_claims import CLAIMS
 from poise.medical.experiments.shisrcnet_data import Tissue, breakhis_tissue, picture_tissue
 from poise.medical.experiments.shisrcnet_measures import Answer, fidelity, gradient_share, predictions, rates
-from poise.medical.experiments.shisrcnet_networks import Bicubic, PretrainedStages
+from poise.medical.experiments.shisrcnet_parts import Bicubic, PretrainedStages, released_loss
 from poise.medical.histopathology.resolution import degrade, enlarge
 from poise.medical.histopathology.shisrcnet.classifier import ClassifierCF
 from poise.medical.histopathology.shisrcnet.losses import SHISRCLoss
-from poise.medical.histopathology.shisrcnet.network import SHISRCNet, SHISRCOutput
+from poise.medical.histopathology.shisrcnet.network import SHISRCNet
 from poise.medical.histopathology.shisrcnet.super_resolution import SRResNetMFE
 
 
@@ -274,25 +273,6 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
         model.load_state_dict(best)
     draw(config, arm, model, tissue, history, run)
     return measured | measure(config, setup, model, tissue, run.device, measured.get("l1_warm"))
-
-
-def released_loss(criterion: SHISRCLoss, output: SHISRCOutput, hr: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The loss as the authors' release wires it: features where logits belong, and the other way round.
-
-    The focal loss takes the features for scores of as many classes. The contrastive term reads the logits of one view; no pair in it
-    is positive, and every image draws towards the first of the others.
-    """
-    assert output.hr_features is not None, "this arm has a second view"
-    sr = l1_loss(output.sr, hr)
-    views = (output.features, output.hr_features)
-    classification = torch.stack([focal_loss(view, labels, criterion.gamma) for view in views]).mean()
-    directions = normalize(output.logits)
-    count = len(directions)
-    others = ~torch.eye(count, dtype=torch.bool, device=directions.device)
-    similarity = (directions @ directions.T)[others].view(count, count - 1) / criterion.temperature
-    contrastive = cross_entropy(similarity, torch.zeros_like(labels))
-    loss = criterion.w_sr * sr + criterion.w_cls * classification + criterion.w_con * contrastive
-    return {"loss": loss, "sr": sr, "classification": classification, "contrastive": contrastive}
 
 
 # Measuring
