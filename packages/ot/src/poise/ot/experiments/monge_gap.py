@@ -15,7 +15,7 @@ Presets:
 - ``cells``: drug responses of single cells from an AnnData file, one map for all drugs and doses.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -257,7 +257,7 @@ def run(config: Study, arm: str, run: Run) -> dict[str, float]:
     return {name: sum(metrics[name] for metrics in each) / len(each) for name in each[0]}
 
 
-def compare(config: Study, results: dict[str, ArmResult], run: Run) -> None:
+def compare(config: Study, results: Mapping[str, ArmResult], run: Run) -> None:
     """Figures across arms."""
     if isinstance(config, ColourTransfer):
         source, target = (picture(name).rgb() for name in (config.source_picture, config.target_picture))
