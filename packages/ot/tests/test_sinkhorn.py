@@ -525,7 +525,7 @@ def test_unknown_methods_are_refused() -> None:
         ({"y": normal(5, 3)}, "expected x of shape"),
         ({"x": normal(5), "y": normal(5)}, "expected x of shape"),
         ({"x": normal(4, 2) * math.inf}, "NaN or infinite"),
-        ({"a": masses(5)}, "expected masses of shape"),
+        ({"a": masses(5)}, "masses must have shape"),
         ({"a": masses(4) * 2}, "same total mass"),
         ({"y": None, "b": masses(4)}, "b must be left out"),
         ({"reg": 0.0}, "reg must be positive"),

@@ -203,7 +203,7 @@ class HardConcrete(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 < keep < 1:
-            raise ValueError(f"keep must lie between 0 and 1, got {keep}")
+            raise ValueError(f"keep must lie in (0, 1), got {keep}")
         _check_temperature(temperature)
         if not (low < 0 and high > 1):
             raise ValueError(f"[0, 1] must lie inside the stretched interval (low, high), got ({low}, {high})")
@@ -270,7 +270,7 @@ def topk_mask(
         return topk_mask(scores.flatten(), k, largest=largest).view(scores.shape)
     size = scores.size(dim)
     if not 0 <= k <= size:
-        raise ValueError(f"k must lie between 0 and {size}, the size of dimension {dim}, got {k}")
+        raise ValueError(f"k must lie in 0..{size}, the size of dimension {dim}, got {k}")
     if k in (0, size):
         return torch.full_like(scores, k > 0, dtype=torch.bool)
     values = scores.detach().nan_to_num(nan=-math.inf if largest else math.inf, posinf=math.inf, neginf=-math.inf)

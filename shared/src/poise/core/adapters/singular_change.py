@@ -49,7 +49,9 @@ def singular_change(
     Source: Cao 2024, section 3. How the two sides are averaged is not stated there; here both count half.
     """
     if before.shape != after.shape:
-        raise ValueError(f"expected weights of one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
+        raise ValueError(
+            f"before and after must have the same shape, got {tuple(before.shape)} and {tuple(after.shape)}"
+        )
     if match not in ("index", "hungarian"):
         raise ValueError(f"match must be 'index' or 'hungarian', got {match!r}")
     old, new = truncated_svd(before, k), truncated_svd(after, k)

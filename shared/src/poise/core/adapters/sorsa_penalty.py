@@ -116,7 +116,7 @@ class SorsaRegularizer(Penalty):
         if mode not in ("loss", "decoupled"):
             raise ValueError(f"mode must be 'loss' or 'decoupled', got {mode!r}")
         if mode == "loss" and not (lr is not None and lr > 0):
-            raise ValueError(f"the mode 'loss' needs lr, the highest learning rate, above 0; got {lr}")
+            raise ValueError(f"the mode 'loss' needs a positive lr, the highest learning rate, got {lr}")
         if mode == "decoupled" and lr is not None:
             raise ValueError("the mode 'decoupled' does not use lr: leave it out")
         list(_stacks(model))  # says if there is nothing to regularize

@@ -60,7 +60,7 @@ def truncated_svd(
     """
     if not 1 <= rank <= min(matrix.shape):
         raise ValueError(
-            f"rank must lie between 1 and {min(matrix.shape)} for a matrix of shape {tuple(matrix.shape)}, got {rank}"
+            f"rank must lie in 1..{min(matrix.shape)} for a matrix of shape {tuple(matrix.shape)}, got {rank}"
         )
     if method not in ("exact", "randomized"):
         raise ValueError(f"svd must be 'exact' or 'randomized', got {method!r}")

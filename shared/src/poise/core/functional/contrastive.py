@@ -52,7 +52,7 @@ def nt_xent(
             f"z1 and z2 must be (samples, features) of the same shape, got {tuple(z1.shape)} and {tuple(z2.shape)}"
         )
     if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+        raise ValueError(f"temperature must be positive, got {temperature}")
     views = torch.cat([widen(z1, "z1"), widen(z2, "z2")])
     directions = safe_ratio(views, l2(views, 1).unsqueeze(1))
     with full_precision(views):

@@ -62,10 +62,11 @@ class ConvGeometry:
         """The geometry of a kernel ``(M, C / groups, k, ...)`` as PyTorch's convolutions keep it.
 
         Raises:
-            ValueError: the kernel is not a floating-point tensor with one axis or more, or the sizes do not fit it.
+            TypeError: the kernel is not floating-point.
+            ValueError: it has no axis, or the sizes do not fit it.
         """
         if not weight.is_floating_point():
-            raise ValueError(f"weight must be a floating-point tensor, got {weight.dtype}")
+            raise TypeError(f"weight must be floating-point, got {weight.dtype}")
         if weight.dim() < 3:
             raise ValueError(f"weight must have shape (out, in / groups, *kernel), got {tuple(weight.shape)}")
         if groups < 1 or weight.shape[0] % groups:

@@ -55,8 +55,8 @@ def conv_singular_values(
         ``groups * min(M / groups, C / groups * S^d) * N^d`` values, structural zeros included.
 
     Raises:
-        ValueError: a kernel that is not floating-point, sizes that do not fit each other, an input that is no multiple of the
-            stride or smaller than the kernel.
+        TypeError: a kernel that is not floating-point.
+        ValueError: sizes that do not fit each other, an input that is no multiple of the stride or smaller than the kernel.
 
     Source: Sedghi, Gupta and Long, ICLR 2019, theorem 6; strides by the polyphase split.
     """

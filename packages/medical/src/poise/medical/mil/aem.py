@@ -127,7 +127,7 @@ class AttentionEntropyLoss(Penalty):
             mask: True where an instance is real, ``(bags, instances)``.
         """
         if scores.ndim < 2:
-            raise ValueError(f"expected scores of shape (bags, ..., instances), got {tuple(scores.shape)}")
+            raise ValueError(f"scores must have shape (bags, ..., instances), got {tuple(scores.shape)}")
         real = None if mask is None else _for_every_row(mask, scores, -1)
         rows = entropy(scores, real)
         self.entropy = rows.detach().mean()

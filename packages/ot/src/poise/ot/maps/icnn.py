@@ -96,7 +96,7 @@ class ICNN(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         if x.shape[-1] != self.dim:
-            raise ValueError(f"expected points in {self.dim} dimensions, got shape {tuple(x.shape)}")
+            raise ValueError(f"x must have points of {self.dim} dimensions, got shape {tuple(x.shape)}")
         first, *others = self.from_input
         z = first(x)
         for layer, weight in zip(others, self.between, strict=True):

@@ -65,7 +65,7 @@ def bootstrap_interval(
         ValueError: no runs or tasks, or numbers out of range.
     """
     if scores.ndim != 2 or not scores.size:
-        raise ValueError(f"expected scores of shape (runs, tasks), got {scores.shape}")
+        raise ValueError(f"scores must have shape (runs, tasks), got {scores.shape}")
     if resamples < 1 or not 0 < confidence < 1:
         raise ValueError(f"expected resamples >= 1 and confidence in (0, 1), got {resamples} and {confidence}")
     runs, tasks = scores.shape

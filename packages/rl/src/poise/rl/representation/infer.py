@@ -59,7 +59,7 @@ class InFeRRegularizer(Penalty):
     ) -> None:
         super().__init__(weight)
         if not isinstance(network, HasFeatures):
-            raise TypeError(f"expected a network with a method features(), got {type(network).__name__}")
+            raise TypeError(f"network must have a method features(), got {type(network).__name__}")
         self.initial = copy.deepcopy(network).requires_grad_(False)
         self.heads = nn.Linear(width, heads, bias=False).to(next(network.parameters()))
         self.initial_heads = copy.deepcopy(self.heads).requires_grad_(False)
