@@ -18,6 +18,7 @@ Presets:
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -115,6 +116,9 @@ CIFAR10 = Config(
 )
 
 
+# Data and networks
+
+
 def load(config: Config, run: Run) -> tuple[ImageSplit, Tensor]:
     """Training images with their true labels, test images, and the labels to learn from; the same for all arms of a seed."""
     if config.data == "cifar":
@@ -148,6 +152,9 @@ def build(config: Config, classes: int, dropout: float = 0.0) -> nn.Sequential:
         nn.Dropout(dropout),
         nn.Linear(128, classes),
     )
+
+
+# Training
 
 
 def train(config: Config, arm: str, run: Run, split: ImageSplit, labels: Tensor) -> Progress:
@@ -234,6 +241,30 @@ def train_plus(config: Config, run: Run, split: ImageSplit, labels: Tensor) -> P
     return progress
 
 
+def sgd(network: nn.Module, config: Config, weight_decay: float) -> torch.optim.SGD:
+    return torch.optim.SGD(network.parameters(), lr=config.learning_rate, momentum=0.9, weight_decay=weight_decay)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def learning_rate(config: Config, epoch: int) -> float:
+    """Of all arms but ELR+."""
+    if config.schedule == "restarts":
+        return 1e-3 + (config.learning_rate - 1e-3) * (1 + math.cos(math.pi * (epoch % 10) / 10)) / 2
+    return config.learning_rate * 0.01 ** sum(epoch >= milestone for milestone in config.milestones)
+
+
+def learning_rate_plus(config: Config, epoch: int) -> float:
+    """Of ELR+."""
+    return config.learning_rate * 0.1 ** sum(epoch >= milestone for milestone in config.milestones_plus)
+
+
+# Measuring
+
+
 def run(config: Config, arm: str, run: Run) -> dict[str, float]:
     """Train one arm on wrong labels and measure it on right ones."""
     split, labels = load(config, run)
@@ -259,26 +290,11 @@ def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
     run.figure("arms", epochs_figure({arm: result.load("history") for arm, result in results.items()}))
 
 
-def sgd(network: nn.Module, config: Config, weight_decay: float) -> torch.optim.SGD:
-    return torch.optim.SGD(network.parameters(), lr=config.learning_rate, momentum=0.9, weight_decay=weight_decay)
+# Claims
 
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def learning_rate(config: Config, epoch: int) -> float:
-    """Of all arms but ELR+."""
-    if config.schedule == "restarts":
-        return 1e-3 + (config.learning_rate - 1e-3) * (1 + math.cos(math.pi * (epoch % 10) / 10)) / 2
-    return config.learning_rate * 0.01 ** sum(epoch >= milestone for milestone in config.milestones)
-
-
-def learning_rate_plus(config: Config, epoch: int) -> float:
-    """Of ELR+."""
-    return config.learning_rate * 0.1 ** sum(epoch >= milestone for milestone in config.milestones_plus)
-
+PAPER = "Liu et al. 2020"
+mechanism = partial(Claim, arm="elr", kind="mechanism")
+outcome = partial(Claim, arm="elr", kind="outcome")
 
 EXPERIMENT = Experiment(
     method="core/elr",
@@ -304,70 +320,57 @@ EXPERIMENT = Experiment(
     run=run,
     compare=compare,
     claims=(
-        Claim(
+        mechanism(
             metric="memorized",
-            arm="elr",
             direction="lower",
-            kind="mechanism",
             margin=3.0,
             scale="ratio",
-            source="section 3 and figure 1: the memorization of wrong labels is prevented",
+            source=f"{PAPER}, section 3 and figure 1: the memorization of wrong labels is prevented",
             note="Share of the wrong training labels that are predicted after the last epoch.",
         ),
-        Claim(
+        mechanism(
             metric="recalled",
-            arm="elr",
             versus=None,
             direction="higher",
-            kind="mechanism",
             margin=85.0,
-            source="section 4.3: the targets recover the true labels",
+            source=f"{PAPER}, section 4.3: the targets recover the true labels",
             note="Mislabelled examples whose remembered class is the true one, in percent.",
         ),
-        Claim(
+        mechanism(
             metric="gradients_on_wrong_labels",
-            arm="elr",
             versus=None,
             direction="lower",
-            kind="mechanism",
-            source="section 4.2: on wrong labels the regularizer cancels the gradient of the cross-entropy",
+            source=f"{PAPER}, section 4.2: on wrong labels the regularizer cancels the gradient of the cross-entropy",
             note="Mean inner product of the two logit gradients after the first third of training.",
         ),
-        Claim(
+        mechanism(
             metric="gradients_on_right_labels",
-            arm="elr",
             versus=None,
             direction="higher",
-            kind="mechanism",
-            source="section 4.2: on right labels the regularizer adds to the gradient of the cross-entropy",
+            source=f"{PAPER}, section 4.2: on right labels the regularizer adds to the gradient of the cross-entropy",
             note="The same mean over the examples whose label is right. gradients_on_remembered_labels leaves out the few of them that "
             "the target contradicts.",
         ),
-        Claim(
+        outcome(
             metric="last_accuracy",
-            arm="elr",
             direction="higher",
-            kind="outcome",
             margin=10.0,
-            source="tables 1 and 2: test accuracy above that of cross-entropy",
+            source=f"{PAPER}, tables 1 and 2: test accuracy above that of cross-entropy",
         ),
-        Claim(
+        outcome(
             metric="accuracy_lost",
-            arm="elr",
             versus=None,
             direction="lower",
-            kind="outcome",
             margin=3.0,
-            source="figure 1: accuracy does not fall after the early phase",
+            source=f"{PAPER}, figure 1: accuracy does not fall after the early phase",
             note="Best minus last test accuracy, in points.",
         ),
-        Claim(
+        outcome(
             metric="last_accuracy",
             arm="elr_plus",
             direction="higher",
-            kind="outcome",
             margin=10.0,
-            source="tables 1 to 3: ELR+ above cross-entropy",
+            source=f"{PAPER}, tables 1 to 3: ELR+ above cross-entropy",
         ),
     ),
 )

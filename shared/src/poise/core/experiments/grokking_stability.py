@@ -270,6 +270,8 @@ def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
     run.figure("grokking", figures.grokking(config.steps, results))
 
 
+# Claims
+
 PAPER = "Prieto et al. 2025"
 outcome = partial(Claim, kind="outcome", metric="test_accuracy", direction="higher", margin=0.5)
 mechanism = partial(Claim, kind="mechanism", presets=("quick", "precision"))

@@ -265,6 +265,8 @@ def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
         run.figure("scalability", figures.scalability(trained, config.factors))
 
 
+# Claims
+
 PAPER = "Achour, Malgouyres and Mamalet 2022"
 
 

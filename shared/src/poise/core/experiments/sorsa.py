@@ -107,11 +107,7 @@ class Config:
     problems: int = 0
 
 
-def rate_of(config: Config, arm: str) -> float:
-    """The arm's highest learning rate."""
-    return {"baseline": config.lora_rate, "pissa": config.pissa_rate, "full": config.full_rate}.get(
-        arm, config.sorsa_rate
-    )
+# Data and networks
 
 
 def load(config: Config, run: Run) -> Task:
@@ -130,6 +126,9 @@ def load(config: Config, run: Run) -> Task:
             problems=config.problems,
         )
     return digits_task(run, pretraining=config.pretraining, test=config.test, batch=config.micro_batch)
+
+
+# Training
 
 
 def run(config: Config, arm: str, run: Run) -> dict[str, float]:
@@ -202,12 +201,22 @@ def penalty_of(config: Config, arm: str, network: nn.Module) -> SorsaRegularizer
     return SorsaRegularizer(network, config.gamma, mode="decoupled") if arm == "sorsa_decoupled" else None
 
 
+def rate_of(config: Config, arm: str) -> float:
+    """The arm's highest learning rate."""
+    return {"baseline": config.lora_rate, "pissa": config.pissa_rate, "full": config.full_rate}.get(
+        arm, config.sorsa_rate
+    )
+
+
 def share_of_rate(config: Config, step: int) -> float:
     """The part of the highest learning rate that is used at a step."""
     if config.schedule == "constant":
         return 1.0
     rise = max(1, round(config.warmup * config.steps))
     return (step + 1) / rise if step < rise else Cosine(1.0, 0.0, config.steps - rise, delay=rise)(step)
+
+
+# Measuring
 
 
 def measured(config: Config, task: Task, net: nn.Module, before: measures.Weights) -> Tensor:
@@ -226,6 +235,8 @@ def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
     if config.measure_every:
         run.figure("change", measures.changes({arm: course["history"] for arm, course in courses.items()}, ARMS))
 
+
+# Claims
 
 PAPER = "Cao 2024"
 DIGITS = ("quick", "one-rate")

@@ -147,7 +147,7 @@ def compand(config: Config, compander: str, net: nn.Module) -> None:
     apply_weight_compander(net, a=scale, steepness=steepness, learnable=learned)
 
 
-# Training and measuring
+# Training
 
 
 def run(config: Config, arm: str, run: Run) -> dict[str, float]:
@@ -196,6 +196,9 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
     if compander:
         metrics |= bound_metrics(net, config.near_zero)
     return metrics
+
+
+# Measuring
 
 
 def parts_of(arm: str) -> tuple[str, str | None]:

@@ -126,6 +126,9 @@ class Config:
     evaluate_every: int = 5
 
 
+# Data and networks
+
+
 def load(config: Config, arm: Arm, run: Run) -> Task:
     """Images and masks; the same for all arms of a seed but for ``dilated``."""
     if config.data == "digits":
@@ -279,6 +282,8 @@ def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
     if same:
         run.figure("corrected", figures.corrections(same))
 
+
+# Claims
 
 PAPER = "Liu et al. 2022"
 

@@ -130,6 +130,9 @@ class Config:
     groups: tuple[tuple[int, ...], ...] = ()
 
 
+# Data and networks
+
+
 def load(config: Config, run: Run) -> BagSplit:
     """The bags; the same for all arms of a seed."""
     if config.data == "digits":
@@ -256,6 +259,8 @@ def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
     if bags:
         run.figure("bags", figures.bags({arm: bags[arm] for arm in list(bags)[:4]}))
 
+
+# Claims
 
 PAPER = "Zhang et al. 2024"
 

@@ -360,6 +360,8 @@ def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
         run.figure("images", figures.triptychs(columns, first["truth"]))
 
 
+# Claims
+
 EXPERIMENT = Experiment(
     method="medical/shisrcnet",
     presets={

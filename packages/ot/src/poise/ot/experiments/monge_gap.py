@@ -267,6 +267,8 @@ def compare(config: Study, results: Mapping[str, ArmResult], run: Run) -> None:
     run.figure("metrics", figures.metrics(results))
 
 
+# Claims
+
 PAPER = "Uscidda and Cuturi 2023"
 
 EXPERIMENT = Experiment(

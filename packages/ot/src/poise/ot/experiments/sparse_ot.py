@@ -76,6 +76,9 @@ class Problem:
     cost: Tensor
 
 
+# Data
+
+
 def palettes(config: ColourTransfer, run: Run) -> Problem:
     """Both palettes; the same for every arm of a seed."""
     source, a = palette(config, config.source_picture, run)
@@ -95,6 +98,9 @@ def palette(config: ColourTransfer, name: str, run: Run) -> tuple[Tensor, Tensor
     return torch.from_numpy(found.cluster_centers_[dark_to_bright]), torch.from_numpy(
         (counts / counts.sum())[dark_to_bright]
     )
+
+
+# Solving
 
 
 def regularizer(config: ColourTransfer, arm: str) -> ColumnRegularizer:
@@ -136,6 +142,9 @@ def exact_plan(problem: Problem) -> Tensor:
     import ot
 
     return torch.from_numpy(ot.emd(*(each.numpy() for each in (problem.a, problem.b, problem.cost))))
+
+
+# Measuring
 
 
 def against_neighbours(
@@ -218,6 +227,8 @@ def compare(config: ColourTransfer | Routing, results: Mapping[str, ArmResult], 
     run.figure("colour_transfer", figures.colour_transfer(source, target, results, PLANS))
     run.figure("smoothness", figures.smoothness(results, PLANS))
 
+
+# Claims
 
 PAPER = "Liu, Puigcerver and Blondel 2023"
 
