@@ -3,14 +3,15 @@
 import importlib.util
 import struct
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from poise.core.lab import ArmResult, Run
+from poise.core.lab import Run
 from poise.core.lab.errors import BadInput
+from poise.core.lab.rehearsal import check_resume, figures, rehearse
 from poise.medical.experiments import adele as experiment
 from poise.medical.experiments.adele import EXPERIMENT, SETUPS
 from poise.medical.experiments.adele_data import INK, badly_drawn, digit_masks
@@ -21,6 +22,7 @@ QUICK = replace(EXPERIMENT.presets["quick"], train=8, test=6, width=4, levels=2,
 FINAL = {"miou", "miou_best", "miou_drop", "label_iou", "label_iou_given", "label_gain", "inconsistency"}
 TRIGGERS = {"triggered_classes", "first_trigger", "trigger_spread", "untriggered_changed"}
 FOLLOWED = {"clean_peak", "noisy_rise", "clean_fall"}
+train = partial(rehearse, EXPERIMENT)
 
 
 @pytest.fixture(name="formats", scope="module")
@@ -30,17 +32,6 @@ def _formats():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def train(config, arm, folder, **arguments):
-    run = Run.scratch(folder / arm, **arguments)
-    metrics = EXPERIMENT.run(config, arm, run)
-    assert all(np.isfinite(value) for value in metrics.values())
-    return ArmResult(arm, metrics, run.dir)
-
-
-def figures(folder):
-    return {path.name for path in (folder / "figures").iterdir()}
 
 
 def test_every_arm_trains_and_all_are_compared(tmp_path):
@@ -125,27 +116,8 @@ def test_early_learning_is_what_comes_after_the_best_epoch():
 
 
 @pytest.mark.parametrize("arm", ["both", "global"])
-def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path, monkeypatch):
-    monkeypatch.setattr("poise.core.lab.run.CHECKPOINT_SECONDS", 0.0)
-    whole = train(QUICK, arm, tmp_path / "whole")
-
-    class KilledError(Exception):
-        pass
-
-    measure, calls = experiment.epoch_measures, []
-
-    def killed(*arguments, **options):
-        calls.append(arguments)
-        if len(calls) == 4:
-            raise KilledError
-        return measure(*arguments, **options)
-
-    monkeypatch.setattr(experiment, "epoch_measures", killed)
-    with pytest.raises(KilledError):
-        train(QUICK, arm, tmp_path / "killed")
-    resumed = train(QUICK, arm, tmp_path / "killed")
-    assert resumed.metrics == whole.metrics
-    assert (resumed.dir / "metrics.jsonl").read_bytes() == (whole.dir / "metrics.jsonl").read_bytes()
+def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path):
+    check_resume(EXPERIMENT, QUICK, arm, tmp_path, kill=(experiment, "epoch_measures", 4))
 
 
 # Published formats
