@@ -56,7 +56,8 @@ def rank_for_ratio(in_features: int, out_features: int, ratio: float) -> int:
     Warns:
         UserWarning: the ratio is so small that r exceeds the full rank, which is returned.
 
-    Source: Guo et al., CVPR 2024, on low-rank approximation.
+    Source:
+        Guo et al., CVPR 2024, on low-rank approximation.
     """
     if in_features < 1 or out_features < 1:
         raise ValueError(f"a layer has at least one input and output, got {in_features} and {out_features}")
@@ -99,7 +100,8 @@ def low_rank_factorize(
         TypeError: the weight is not of a floating-point type.
         ValueError: it is not a matrix or has entries that are not finite, the rank is out of range, or the method is unknown.
 
-    Source: Guo et al., CVPR 2024, on low-rank approximation; see :func:`poise.core.adapters.svd.truncated_svd`.
+    Source:
+        Guo et al., CVPR 2024, on low-rank approximation; see :func:`poise.core.adapters.svd.truncated_svd`.
     """
     if weight.dim() != 2:
         raise ValueError(f"weight must be a matrix (outputs, inputs), got shape {tuple(weight.shape)}")

@@ -46,7 +46,8 @@ def singular_change(
         ValueError: the shapes differ, k is out of range, or ``match`` is unknown.
         ModuleNotFoundError: ``match="hungarian"`` without SciPy.
 
-    Source: Cao 2024, section 3. How the two sides are averaged is not stated there; here both count half.
+    Source:
+        Cao 2024, section 3. How the two sides are averaged is not stated there; here both count half.
     """
     if before.shape != after.shape:
         raise ValueError(

@@ -56,7 +56,8 @@ def truncated_svd(
         TypeError: the matrix is not of a floating-point type.
         ValueError: the rank is out of range, an entry is not finite, or the method is unknown.
 
-    Source: randomized: Halko, Martinsson and Tropp, SIAM Review 2011, algorithms 4.4 and 5.1.
+    Source:
+        randomized: Halko, Martinsson and Tropp, SIAM Review 2011, algorithms 4.4 and 5.1.
     """
     if not 1 <= rank <= min(matrix.shape):
         raise ValueError(

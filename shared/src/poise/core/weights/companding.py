@@ -90,7 +90,8 @@ def compand(
         ValueError: an unknown kind, a number a or b that is not positive, or a tensor that does not broadcast to v.
         TypeError: v is not floating-point.
 
-    Source: Cakaj, Mehnert and Yang, IJCNN 2023, the reparameterization function.
+    Source:
+        Cakaj, Mehnert and Yang, IJCNN 2023, the reparameterization function.
     """
     shape_of(kind)
     if not v.is_floating_point():
@@ -143,7 +144,8 @@ class WeightCompander(nn.Module):
     Raises:
         ValueError: a or b is not between eps and 1 / eps, eps is not between 0 and 1, or an unknown kind.
 
-    Source: Cakaj, Mehnert and Yang, IJCNN 2023; that a and b are per tensor and kept positive by the exponential is a choice made here.
+    Source:
+        Cakaj, Mehnert and Yang, IJCNN 2023; that a and b are per tensor and kept positive by the exponential is a choice made here.
     """
 
     log_a: Tensor

@@ -215,8 +215,9 @@ def orthogonal_exists(
     Raises:
         ValueError: a size below 1, sizes for different numbers of axes, ``"same"`` with a stride, or an unknown boundary.
 
-    Source: Achour, Malgouyres and Mamalet, JMLR 2022, theorem on the existence of orthogonal convolutional layers and the
-        propositions on the other boundaries; other boundaries with a stride, unequal axes and dilation by the same counting.
+    Source:
+        Achour, Malgouyres and Mamalet, JMLR 2022, theorem on the existence of orthogonal convolutional layers and the propositions
+        on the other boundaries; other boundaries with a stride, unequal axes and dilation by the same counting.
     """
     return orthogonal_obstacle(out_channels, in_channels, kernel_size, stride, padding_mode, dilation=dilation) is None
 

@@ -87,8 +87,9 @@ def conv_orth_loss(
         TypeError: a kernel that is not floating-point.
         ValueError: sizes that do not fit each other, or an unknown regime.
 
-    Source: Achour, Malgouyres and Mamalet, JMLR 2022, definition of L_orth and the theorem on its Frobenius norm (here read
-        from right to left); Wang et al., CVPR 2020, eq. 6.
+    Source:
+        Achour, Malgouyres and Mamalet, JMLR 2022, definition of L_orth and the theorem on its Frobenius norm (here read from right
+        to left); Wang et al., CVPR 2020, eq. 6.
     """
     if regime not in ("auto", "rows", "columns"):
         raise ValueError(f"regime must be 'auto', 'rows' or 'columns', got {regime!r}")
@@ -121,7 +122,8 @@ def kernel_orth_loss(weight: Tensor, *, squared: bool = True) -> Float[Tensor, "
         TypeError: not floating-point.
         ValueError: fewer than two dimensions.
 
-    Source: Wang et al., CVPR 2020, section 3.3 (kernel orthogonality).
+    Source:
+        Wang et al., CVPR 2020, section 3.3 (kernel orthogonality).
     """
     if not weight.is_floating_point():
         raise TypeError(f"weight must be floating-point, got {weight.dtype}")
@@ -159,7 +161,8 @@ def orthogonal_conv_init_(
     Raises:
         ValueError: as for :func:`conv_orth_loss`, or no layer of these sizes is orthogonal.
 
-    Source: Achour, Malgouyres and Mamalet, JMLR 2022, the construction in the proof of existence.
+    Source:
+        Achour, Malgouyres and Mamalet, JMLR 2022, the construction in the proof of existence.
     """
     geometry = ConvGeometry.of(weight, stride, dilation, groups)
     if obstacle := geometry.obstacle():
@@ -221,7 +224,8 @@ class OrthogonalRegularizer(Penalty):
     Warns:
         OrthogonalityWarning: a layer cannot be orthogonal. It is driven as near as possible; leave it out with ``skip``.
 
-    Source: Achour, Malgouyres and Mamalet, JMLR 2022, section on the regularization of networks.
+    Source:
+        Achour, Malgouyres and Mamalet, JMLR 2022, section on the regularization of networks.
     """
 
     def __init__(
