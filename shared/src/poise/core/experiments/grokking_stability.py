@@ -1,6 +1,6 @@
 r"""Softmax collapse and perpGrad: why does a network that fits modular addition not learn to add, and what makes it learn?
 
-Prieto, Barsbey, Mediano and Birdal, Grokking at the Edge of Numerical Stability, ICLR 2025, arXiv 2501.04697.
+Prieto, Barsbey, Mediano and Birdal, "Grokking at the Edge of Numerical Stability", ICLR 2025, arXiv 2501.04697.
 
 A bias-free perceptron sees 40 % of all sums modulo p and is tested on the rest. Full batch, no regularization except in the arms that
 are about one; the order of the rows is drawn anew in every step, because rounding depends on it.

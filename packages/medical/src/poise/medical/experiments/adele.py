@@ -1,6 +1,6 @@
 r"""ADELE: are badly drawn masks corrected when it is time, class by class, and does the network then forget less?
 
-Liu et al., Adaptive Early-Learning Correction for Segmentation from Noisy Annotations, CVPR 2022, arXiv 2110.03740.
+Liu et al., "Adaptive Early-Learning Correction for Segmentation from Noisy Annotations", CVPR 2022, arXiv 2110.03740.
 
     f(t) = a (1 - exp(-t^b / c)) is fitted to each class's training IoU; where its slope has fallen by 90 %, masks of that class take
     confident predictions; L = (sum over scales of cross-entropy + lambda * sum of KL(p_i || mixture)) / 3

@@ -1,6 +1,6 @@
 r"""AEM: does attention over a bag, kept from collapsing, classify bags better, and does it still find the telling instances?
 
-Zhang et al., AEM: Attention Entropy Maximization for Multiple Instance Learning based Whole Slide Image Classification, arXiv
+Zhang et al., "AEM: Attention Entropy Maximization for Multiple Instance Learning based Whole Slide Image Classification", arXiv
 2406.15303.
 
     L = bag loss + lambda * mean over rows of sum_n a_n log a_n

@@ -1,6 +1,6 @@
 r"""SHISRCNet: does classifying low-resolution tissue get better when the images are restored for that purpose?
 
-Xie et al., SHISRCNet: Super-resolution And Classification Network For Low-resolution Breast Cancer Histopathology Image, MICCAI
+Xie et al., "SHISRCNet: Super-resolution And Classification Network For Low-resolution Breast Cancer Histopathology Image", MICCAI
 2023, arXiv 2306.14119.
 
     L = 0.6 |SR - HR|_1 + 0.3 mean of focal(SR), focal(HR) + 0.1 NT-Xent(features of SR, features of HR)

@@ -1,7 +1,7 @@
 r"""Attention entropy maximization: keep attention over a bag of instances from collapsing onto a few of them.
 
-Zhang, Shui, Sun, Li, Li, Zhu and Yang, AEM: Attention Entropy Maximization for Multiple Instance Learning based Whole Slide
-Image Classification, 2024, arXiv 2406.15303.
+Zhang, Shui, Sun, Li, Li, Zhu and Yang, "AEM: Attention Entropy Maximization for Multiple Instance Learning based Whole Slide
+Image Classification", 2024, arXiv 2406.15303.
 
 A slide is a bag of thousands of patches with a single label. Attention pooling, trained on few slides, soon puts all its weight
 on a handful of patches and learns those by heart. AEM adds one term to the loss, the negative entropy of the attention:

@@ -1,6 +1,6 @@
 r"""Monge gap: a map that only fits its target may take detours; does the gap remove them, for the cost of your choice?
 
-Uscidda and Cuturi, The Monge Gap: A Regularizer to Learn All Transport Maps, ICML 2023, arXiv 2302.04953.
+Uscidda and Cuturi, "The Monge Gap: A Regularizer to Learn All Transport Maps", ICML 2023, arXiv 2302.04953.
 
     min over T of  Delta(T#mu, nu) + lambda [ E c(x, T(x)) - W_c(mu, T#mu) ]
 

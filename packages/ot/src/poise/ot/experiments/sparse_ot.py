@@ -1,6 +1,6 @@
 r"""Sparse optimal transport: does a cap on the nonzeros of every column cost much, and does a larger cap make the problem easier?
 
-Liu, Puigcerver and Blondel, Sparsity-Constrained Optimal Transport, ICLR 2023, arXiv 2209.15466.
+Liu, Puigcerver and Blondel, "Sparsity-Constrained Optimal Transport", ICLR 2023, arXiv 2209.15466.
 
     min over T of  <T, C> + sum_j gamma/2 |t_j|^2    such that  T 1 = a,  T^T 1 = b,  |t_j|_0 <= k
 

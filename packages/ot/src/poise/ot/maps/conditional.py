@@ -1,6 +1,6 @@
 r"""One map for many tasks: ``T(x, context)``, with a Monge gap in each context and never across contexts.
 
-Driessen et al., Towards generalizable single-cell perturbation modeling via the Conditional Monge Gap, arXiv 2504.08328, after
+Driessen et al., "Towards generalizable single-cell perturbation modeling via the Conditional Monge Gap", arXiv 2504.08328, after
 Uscidda and Cuturi, ICML 2023, arXiv 2302.04953.
 
     min over T of  E over contexts c of  [ Delta(T(., c)#mu_c, nu_c) + lambda M(T(., c) on mu_c) ]

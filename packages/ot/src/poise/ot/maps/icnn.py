@@ -1,8 +1,8 @@
 r"""Convex potentials: input-convex neural networks, whose gradients are optimal maps for the squared Euclidean cost.
 
-Amos, Xu and Kolter, Input Convex Neural Networks, ICML 2017, arXiv 1609.07152; as transport maps: Makkuva et al., Optimal
-Transport Mapping via Input Convex Neural Networks, ICML 2020, arXiv 1908.10962; initialised at the Gaussian map: Bunne, Krause and
-Cuturi, Supervised Training of Conditional Monge Maps, NeurIPS 2022, arXiv 2206.14262.
+Amos, Xu and Kolter, "Input Convex Neural Networks", ICML 2017, arXiv 1609.07152; as transport maps: Makkuva et al., "Optimal
+Transport Mapping via Input Convex Neural Networks", ICML 2020, arXiv 1908.10962; initialised at the Gaussian map: Bunne, Krause and
+Cuturi, "Supervised Training of Conditional Monge Maps", NeurIPS 2022, arXiv 2206.14262.
 
     z_1 = act(V_0 x + b_0),    z_{l+1} = act(W_l z_l + V_l x + b_l),    f(x) = w . z_L + v . x + |A x|^2 / 2
 

@@ -1,7 +1,7 @@
 r"""DrQ-v2: continuous control from pixels, by deterministic policy gradient and random shifts of the images.
 
-Yarats, Fergus, Lazaric and Pinto, Mastering Visual Continuous Control: Improved Data-Augmented Reinforcement Learning, ICLR 2022, arXiv
-2107.09645.
+Yarats, Fergus, Lazaric and Pinto, "Mastering Visual Continuous Control: Improved Data-Augmented Reinforcement Learning", ICLR 2022,
+arXiv 2107.09645.
 
 .. math:: y = R + D \min_i Q_i'\big(\bar z', a'\big), \quad \bar z' = f(\mathrm{aug}(o_{t+n})), \quad
           a' = \mathrm{clamp}\big(\pi(\bar z') + \mathrm{clip}(\sigma_t \epsilon, \pm c)\big), \qquad

@@ -1,7 +1,7 @@
 r"""Random shift: every image moves by its own few pixels, edges repeated.
 
-Yarats, Fergus, Lazaric and Pinto, Mastering Visual Continuous Control: Improved Data-Augmented Reinforcement Learning, ICLR 2022, arXiv
-2107.09645 (DrQ-v2).
+Yarats, Fergus, Lazaric and Pinto, "Mastering Visual Continuous Control: Improved Data-Augmented Reinforcement Learning", ICLR 2022,
+arXiv 2107.09645 (DrQ-v2).
 
 Pad an image by p pixels that repeat its edge, and crop it back at an offset :math:`(d_x, d_y) \sim U\{0, \dots, 2p\}^2`. DrQ-v2 does
 this by bilinear interpolation at a shifted grid; since shifts are whole pixels, the result is a crop, and here it is read as one. All

@@ -1,6 +1,6 @@
 """Tasks of the DeepMind Control Suite as gymnasium environments: flat states, actions in [-1, 1], 1,000 steps.
 
-Tassa et al., DeepMind Control Suite, arXiv 1801.00690. An episode ends by its time limit only, which is a truncation; where a task
+Tassa et al., "DeepMind Control Suite", arXiv 1801.00690. An episode ends by its time limit only, which is a truncation; where a task
 itself ends an episode, its last discount says whether that is a termination.
 """
 

@@ -1,6 +1,6 @@
 """How good is an algorithm, over seeds and tasks? The interquartile mean, with stratified bootstrap intervals.
 
-Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice, NeurIPS 2021, arXiv 2108.13264 (rliable).
+Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", NeurIPS 2021, arXiv 2108.13264 (rliable).
 
 >>> import numpy as np
 >>> interquartile_mean(np.array([[0.0], [1.0], [2.0], [100.0]]))

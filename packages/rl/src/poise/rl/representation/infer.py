@@ -1,6 +1,6 @@
 r"""InFeR: keep a representation able to predict what random heads read from the network as it was at the beginning.
 
-Lyle, Rowland and Dabney, Understanding and Preventing Capacity Loss in Reinforcement Learning, ICLR 2022, arXiv 2204.09560.
+Lyle, Rowland and Dabney, "Understanding and Preventing Capacity Loss in Reinforcement Learning", ICLR 2022, arXiv 2204.09560.
 
 .. math:: R = \mathbb E\, \frac1k \sum_{i \le k} \big(g_i(\phi_\theta(s, a)) - c\, g^0_i(\phi_{\theta_0}(s, a))\big)^2
 
