@@ -249,6 +249,15 @@ def test_bar_in_a_cell_does_not_end_the_cell() -> None:
     assert result_tables.table(("a",), [("|x|",)]).splitlines()[-1] == "| \\|x\\| |"
 
 
+NOTES = (
+    "Which part to use",
+    "Practical advice",
+    "Where paper and released code differ",
+    "How it is computed",
+    "What the experiment shows",
+)
+
+
 @pytest.mark.parametrize("notes", sorted(ROOT.glob("docs/methods/*/*.notes.md")), ids=lambda path: path.name)
 def test_notes_belong_to_a_method_and_start_at_the_second_level(notes: Path) -> None:
     assert f"{notes.parent.name}/{notes.name.removesuffix('.notes.md')}" in installed()
@@ -256,6 +265,9 @@ def test_notes_belong_to_a_method_and_start_at_the_second_level(notes: Path) -> 
     headings = re.findall(r"^(#+) ", text, flags=re.MULTILINE)
     assert text.startswith("## "), "begin with a heading of the second level: the page's title is above"
     assert "#" not in headings
+    sections = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
+    assert sections == [name for name in NOTES if name in sections], "the sections of all notes, in one order"
+    assert {*NOTES} - {*sections} <= {"How it is computed"}
 
 
 def test_site_lists_every_method_and_loads_nothing_from_outside() -> None:

@@ -29,21 +29,6 @@ KERNELS = (
 """M, C, k, S: layers of residual networks, and large kernels."""
 
 
-def bench() -> dict[str, Any]:
-    """The record of docs/results/core/orthogonal-conv.bench.json."""
-    torch.manual_seed(0)
-    return {
-        "method": "core/orthogonal-conv",
-        "cases": [small_network(), residual_network()],
-        "peers": [
-            *(correlation_in_space(*size) for size in KERNELS),
-            unit_images(),
-            fourier_by_numpy(),
-            explicit_matrix(),
-        ],
-    }
-
-
 def small_network() -> Case:
     layers = [nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3, 2), nn.ReLU()]
     net = nn.Sequential(*layers, nn.Conv2d(32, 32, 3), nn.Flatten(), nn.LazyLinear(10))
@@ -149,3 +134,18 @@ def explicit_matrix(rows: int = 16, channels: int = 8, taps: int = 3, size: int 
         theirs=lambda: torch.linalg.svdvals(conv_as_matrix(layer, size).detach()),
         repeats=3,
     )
+
+
+def bench() -> dict[str, Any]:
+    """The record of docs/results/core/orthogonal-conv.bench.json."""
+    torch.manual_seed(0)
+    return {
+        "method": "core/orthogonal-conv",
+        "cases": [small_network(), residual_network()],
+        "peers": [
+            *(correlation_in_space(*size) for size in KERNELS),
+            unit_images(),
+            fourier_by_numpy(),
+            explicit_matrix(),
+        ],
+    }

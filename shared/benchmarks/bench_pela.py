@@ -22,27 +22,6 @@ LAYERS = ((48, 192, 2.0), (384, 1536, 2.0), (768, 3072, 1.5), (768, 3072, 2.0), 
 """Inputs, outputs and ratio: layers of the digit transformer, of MiniLM and DeiT-Small, and of DeiT-Base."""
 
 
-def bench() -> dict[str, Any]:
-    """The record of docs/results/core/pela.bench.json."""
-    torch.manual_seed(0)
-    return {
-        "method": "core/pela",
-        "cases": [
-            *(forward(*layer) for layer in LAYERS),
-            stage("distillation", distill=True, perturb=False),
-            stage("perturbation term", distill=False, perturb=True),
-            stage("both", distill=True, perturb=True),
-        ],
-        "peers": [
-            full_matrices(),
-            thin(),
-            library_draws(rank=307),
-            library_draws(rank=64),
-            *(dense_backward(*size) for size in ((12, 144, 48, 18), (12, 384, 384, 96), (4, 3072, 768, 307))),
-        ],
-    }
-
-
 @torch.no_grad()
 def forward(inputs: int, outputs: int, ratio: float, tokens: int = 1024) -> Case:
     linear = nn.Linear(inputs, outputs)
@@ -161,3 +140,24 @@ def dense_backward(layers: int, outputs: int, inputs: int, rank: int) -> Peer:
         repeats=5,
         warmup=1,
     )
+
+
+def bench() -> dict[str, Any]:
+    """The record of docs/results/core/pela.bench.json."""
+    torch.manual_seed(0)
+    return {
+        "method": "core/pela",
+        "cases": [
+            *(forward(*layer) for layer in LAYERS),
+            stage("distillation", distill=True, perturb=False),
+            stage("perturbation term", distill=False, perturb=True),
+            stage("both", distill=True, perturb=True),
+        ],
+        "peers": [
+            full_matrices(),
+            thin(),
+            library_draws(rank=307),
+            library_draws(rank=64),
+            *(dense_backward(*size) for size in ((12, 144, 48, 18), (12, 384, 384, 96), (4, 3072, 768, 307))),
+        ],
+    }

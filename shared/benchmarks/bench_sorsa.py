@@ -24,21 +24,6 @@ LAYERS = ((1024, 1024, 64, 64), (1024, 1024, 64, 512), (384, 1536, 8, 2048), (10
 PROJECTIONS = ("query", "key", "value", "dense")
 
 
-def bench() -> dict[str, Any]:
-    """The record of docs/results/core/sorsa.bench.json."""
-    torch.manual_seed(0)
-    return {
-        "method": "core/sorsa",
-        "cases": [*(one_layer(*size) for size in LAYERS[:2]), encoder_step(), penalty_of_encoder()],
-        "peers": [
-            *(against_lora(*size) for size in LAYERS),
-            *(against_dense_product(*size) for size in LAYERS),
-            *(against_pissa(*size[:3], randomized) for size in LAYERS[1:] for randomized in (False, True)),
-            penalty_one_by_one(),
-        ],
-    }
-
-
 def step(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     """Forward and backward pass, with a gradient for the input, as inside a network."""
     parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
@@ -204,3 +189,18 @@ def moved(model: nn.Module) -> None:
     with torch.no_grad():
         for factor in sorsa_parameters(model):
             factor.add_(0.01 * torch.randn_like(factor))
+
+
+def bench() -> dict[str, Any]:
+    """The record of docs/results/core/sorsa.bench.json."""
+    torch.manual_seed(0)
+    return {
+        "method": "core/sorsa",
+        "cases": [*(one_layer(*size) for size in LAYERS[:2]), encoder_step(), penalty_of_encoder()],
+        "peers": [
+            *(against_lora(*size) for size in LAYERS),
+            *(against_dense_product(*size) for size in LAYERS),
+            *(against_pissa(*size[:3], randomized) for size in LAYERS[1:] for randomized in (False, True)),
+            penalty_one_by_one(),
+        ],
+    }

@@ -19,26 +19,6 @@ from poise.core.weights.companding import WeightCompander
 from poise.core.weights.weight_compander import apply_weight_compander
 
 
-def bench() -> dict[str, Any]:
-    """The record of docs/results/core/weight-compander.bench.json."""
-    torch.manual_seed(0)
-    layer, small, large = nn.Conv2d(256, 256, 3, padding=1), torch.randn(8, 256, 8, 8), torch.randn(64, 256, 8, 8)
-    images = torch.rand(32, 3, 32, 32)
-    return {
-        "method": "core/weight-compander",
-        "cases": [
-            training_step("convolution 256 -> 256, 3 x 3, on 8 x 8, batch 8", layer, small),
-            training_step("convolution 256 -> 256, 3 x 3, on 8 x 8, batch 64", layer, large),
-            training_step("ResNet-18, 32 x 32, batch 32", resnet(18, 10, "small"), images, repeats=3),
-        ],
-        "peers": [
-            against(name, compand, layer, learnable)
-            for learnable in (False, True)
-            for name, compand in (("parametrization without a fused gradient", unfused), ("weight_norm", norm))
-        ],
-    }
-
-
 class Unfused(nn.Module):
     """The formula, left to autograd."""
 
@@ -94,3 +74,23 @@ def against(name: str, other: Callable[[nn.Module, bool], nn.Module], layer: nn.
         ours=lambda: step(ours, inputs),
         theirs=lambda: step(theirs, inputs),
     )
+
+
+def bench() -> dict[str, Any]:
+    """The record of docs/results/core/weight-compander.bench.json."""
+    torch.manual_seed(0)
+    layer, small, large = nn.Conv2d(256, 256, 3, padding=1), torch.randn(8, 256, 8, 8), torch.randn(64, 256, 8, 8)
+    images = torch.rand(32, 3, 32, 32)
+    return {
+        "method": "core/weight-compander",
+        "cases": [
+            training_step("convolution 256 -> 256, 3 x 3, on 8 x 8, batch 8", layer, small),
+            training_step("convolution 256 -> 256, 3 x 3, on 8 x 8, batch 64", layer, large),
+            training_step("ResNet-18, 32 x 32, batch 32", resnet(18, 10, "small"), images, repeats=3),
+        ],
+        "peers": [
+            against(name, compand, layer, learnable)
+            for learnable in (False, True)
+            for name, compand in (("parametrization without a fused gradient", unfused), ("weight_norm", norm))
+        ],
+    }

@@ -138,5 +138,5 @@ def test_weight_matrix_has_a_row_per_output_and_goes_back() -> None:
         matrix = weight_matrix(layer)
         assert matrix.shape == shape
         assert torch.equal(as_weight(layer, matrix), layer.weight)
-    with pytest.raises(TypeError, match="expected a Linear, Conv2d or Conv1D layer, got LayerNorm"):
+    with pytest.raises(TypeError, match="module must be a Linear, Conv2d or Conv1D layer, got LayerNorm"):
         weight_matrix(nn.LayerNorm(3))

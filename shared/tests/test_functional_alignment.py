@@ -161,7 +161,7 @@ def test_autocast_does_not_narrow_the_products() -> None:
         (
             lambda: inspect.unwrap(cosine_alignment)(*[torch.ones(3).long()] * 2),
             TypeError,
-            "x must be a floating-point",
+            "x must be floating-point",
         ),
         (lambda: cross_correlation(torch.ones(1, 3), torch.ones(1, 3)), ValueError, "two or more samples"),
         (

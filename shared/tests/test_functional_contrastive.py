@@ -143,9 +143,9 @@ def test_autocast_does_not_narrow_the_cosines() -> None:
         (
             lambda: nt_xent(torch.ones(2, 3), torch.ones(2, 3), 0.0),
             ValueError,
-            r"temperature must be above 0, got 0\.0",
+            r"temperature must be positive, got 0\.0",
         ),
-        (lambda: inspect.unwrap(nt_xent)(*[torch.ones(2, 3).long()] * 2), TypeError, "z1 must be a floating-point"),
+        (lambda: inspect.unwrap(nt_xent)(*[torch.ones(2, 3).long()] * 2), TypeError, "z1 must be floating-point"),
     ],
 )
 def test_bad_input_is_refused(call: Any, error: type[Exception], message: str) -> None:

@@ -199,7 +199,7 @@ def test_inside_a_compiled_graph_an_empty_distribution_gives_nan() -> None:
         ),
         (lambda: entropy(torch.zeros(3), torch.ones(2, 3).bool()), ValueError, "does not broadcast"),
         (lambda: inspect.unwrap(entropy)(torch.zeros(3), torch.ones(3)), TypeError, "mask must be boolean"),
-        (lambda: inspect.unwrap(entropy)(torch.zeros(3).long()), TypeError, "logits must be a floating-point tensor"),
+        (lambda: inspect.unwrap(entropy)(torch.zeros(3).long()), TypeError, "logits must be floating-point"),
         (lambda: kl_divergence(torch.zeros(3), torch.zeros(1, 3)), ValueError, r"same shape, got \(3,\), \(1, 3\)"),
         (lambda: js_divergence(torch.zeros(3), torch.zeros(4)), ValueError, "same shape"),
         (lambda: js_divergence(torch.zeros(3)), ValueError, "at least two distributions, got 1"),

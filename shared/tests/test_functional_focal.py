@@ -128,7 +128,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
         (
             lambda: inspect.unwrap(focal_loss)(torch.ones(2, 3).long(), torch.zeros(2).long()),
             TypeError,
-            "logits must be a floating-point",
+            "logits must be floating-point",
         ),
     ],
 )

@@ -1,10 +1,7 @@
 """poise.core.gpu: device, seeds, precision, memory, tiles, transfer and timing, on a CPU; on CUDA where there is one."""
 
-import gc
-import itertools
 import random
 import time
-import weakref
 from collections import UserDict, namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -14,28 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, Dataset
 
 from poise.core.gpu import (
     StepTimer,
-    chunked_map,
     derive_generator,
     deterministic,
-    is_out_of_memory,
     peak_memory,
     pick_device,
     pick_precision,
     prefetch,
     seed_everything,
     seed_worker,
-    tiled_apply,
 )
 
-BLENDS = ["linear", "hann", "gaussian", "nearest"]
 on_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=on_cuda)]
 
@@ -125,7 +115,7 @@ class TestSeeds:
 
     @pytest.mark.parametrize("seed", [-1, 2**63])
     def test_a_seed_out_of_range_is_refused(self, seed: int) -> None:
-        with pytest.raises(ValueError, match=r"seed must lie in 0 \.\. 2\*\*63 - 1"):
+        with pytest.raises(ValueError, match=r"seed must lie in 0\.\.2\*\*63 - 1"):
             seed_everything(seed)
 
     def test_derived_generators_depend_on_the_path_and_on_nothing_else(self) -> None:
@@ -196,311 +186,6 @@ class TestPrecision:
     def test_an_unknown_name_is_refused(self) -> None:
         with pytest.raises(ValueError, match="one of auto, float32, bfloat16, float16, got 'half'"):
             pick_precision("cpu", "half")
-
-
-def out_of_memory(kind: str) -> None:
-    """Run out of memory, as PyTorch says it on CUDA, really on the host, or as NumPy says it."""
-    if kind == "cuda":
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-    if kind == "cublas":
-        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-    if kind == "numpy":
-        raise MemoryError("Unable to allocate 1.00 EiB")
-    torch.empty(2**58)
-
-
-class TestChunks:
-    @given(
-        st.integers(1, 23),
-        st.integers(1, 30),
-        st.integers(0, 2),
-        st.booleans(),
-        st.sampled_from([torch.float32, torch.float64]),
-    )
-    @settings(deadline=None)
-    def test_result_and_gradient_equal_those_of_one_call(
-        self, length: int, chunk: int, dim: int, recompute: bool, dtype: torch.dtype
-    ) -> None:
-        shape = [3, 3, 3]
-        shape[dim] = length
-        x = rand(*shape).to(dtype).requires_grad_()
-        y = rand(*shape, seed=1).to(dtype).requires_grad_()
-
-        def fn(x: Tensor, y: Tensor) -> Tensor:
-            return (x * y).sin()
-
-        whole = fn(x, y)
-        chunked = chunked_map(fn, x, y, chunk=chunk, dim=dim, recompute=recompute)
-        assert torch.equal(chunked, whole)
-        expected = torch.autograd.grad(whole.square().sum(), (x, y))
-        actual = torch.autograd.grad(chunked.square().sum(), (x, y))
-        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-
-    def test_several_results_are_joined_each(self) -> None:
-        x = rand(10, 4)
-        values, places = chunked_map(lambda rows: rows.topk(2, dim=1), x, chunk=3)
-        expected = x.topk(2, dim=1)
-        assert torch.equal(values, expected.values)
-        assert torch.equal(places, expected.indices)
-
-    def test_nothing_in_nothing_out(self) -> None:
-        assert chunked_map(lambda rows: rows @ rand(4, 2), torch.zeros(0, 4), chunk=3).shape == (0, 2)
-
-    @pytest.mark.parametrize("kind", ["cuda", "cublas", "numpy", "host"])
-    def test_chunks_are_halved_until_they_fit_and_finished_ones_are_kept(self, kind: str) -> None:
-        lengths: list[int] = []
-
-        def fn(rows: Tensor) -> Tensor:
-            lengths.append(len(rows))
-            if len(rows) > 4:
-                out_of_memory(kind)
-            return rows * 2
-
-        x = rand(21)
-        assert torch.equal(chunked_map(fn, x), x * 2)
-        assert lengths == [21, 11, 6, 3, 3, 3, 3, 3, 3, 3]
-
-    def test_memory_that_runs_out_later_does_not_repeat_what_is_done(self) -> None:
-        seen: list[float] = []
-
-        def fn(rows: Tensor) -> Tensor:
-            if rows[-1] >= 8 and len(rows) > 2:
-                out_of_memory("cuda")
-            seen.extend(rows.tolist())
-            return rows
-
-        x = torch.arange(12.0)
-        assert torch.equal(chunked_map(fn, x, chunk=4), x)
-        assert seen == x.tolist()
-
-    def test_a_single_row_that_does_not_fit_is_an_error(self) -> None:
-        with pytest.raises(torch.OutOfMemoryError):
-            chunked_map(lambda rows: out_of_memory("cuda") or rows, rand(4))
-
-    def test_other_errors_come_through_at_once(self) -> None:
-        calls = []
-
-        def fn(rows: Tensor) -> Tensor:
-            calls.append(len(rows))
-            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-        with pytest.raises(RuntimeError, match="cannot be multiplied"):
-            chunked_map(fn, rand(8))
-        assert calls == [8]
-        assert not is_out_of_memory(RuntimeError("mat1 and mat2"))
-        assert not is_out_of_memory(ValueError("out of memory"))
-
-    def test_what_a_failed_call_held_is_free_before_the_next(self) -> None:
-        held: list[weakref.ref[Tensor]] = []
-
-        def fn(rows: Tensor) -> Tensor:
-            assert all(reference() is None for reference in held)
-            temporary = rows * 3
-            held.append(weakref.ref(temporary))
-            if len(rows) > 2:
-                out_of_memory("cuda")
-            return temporary + 0
-
-        x = rand(8)
-        gc.disable()
-        try:
-            assert torch.equal(chunked_map(fn, x), x * 3)
-        finally:
-            gc.enable()
-
-    def test_memory_is_bounded_by_the_chunk(self) -> None:
-        x, centres = rand(2_000, 8), rand(500, 8)
-
-        def nearest(rows: Tensor) -> Tensor:
-            return (rows[:, None] - centres).square().sum(2).min(1).values
-
-        whole = peak_memory(lambda: nearest(x))
-        chunked = peak_memory(lambda: chunked_map(nearest, x, chunk=100))
-        assert chunked < whole / 15
-
-    def test_recomputing_bounds_memory_under_autograd_too(self) -> None:
-        x, centres = rand(2_000, 8), rand(500, 8).requires_grad_()
-
-        def backward(**options: Any) -> None:
-            def nearest(rows: Tensor) -> Tensor:
-                return (rows[:, None] - centres).square().sum(2).min(1).values
-
-            torch.autograd.grad(chunked_map(nearest, x, **options).sum(), centres)
-
-        backward(chunk=100, recompute=True)
-        kept = peak_memory(lambda: backward(chunk=100))
-        recomputed = peak_memory(lambda: backward(chunk=100, recompute=True))
-        assert recomputed < kept / 5
-
-    def test_lengths_that_differ_and_empty_chunks_are_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"common length along dim 0, got shapes \[\(3,\), \(4,\)\]"):
-            chunked_map(torch.add, torch.zeros(3), torch.zeros(4))
-        with pytest.raises(ValueError, match="common length"):
-            chunked_map(lambda: torch.zeros(1))
-        with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
-            chunked_map(torch.sin, torch.zeros(3), chunk=0)
-
-    @pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_cuda)])
-    def test_a_real_gpu_that_runs_out_is_served_in_halves(self, device: str) -> None:
-        x = torch.rand(64, device=device)
-        free, _ = torch.cuda.mem_get_info()
-
-        def fn(rows: Tensor) -> Tensor:
-            torch.empty(len(rows) * free // 16, dtype=torch.uint8, device=device)
-            return rows * 2
-
-        assert torch.equal(chunked_map(fn, x), x * 2)
-
-    def test_no_device_is_hard_coded(self) -> None:
-        with FakeTensorMode():
-            x = torch.empty(10, 3, device="cuda")
-            assert chunked_map(torch.sin, x, chunk=4).device.type == "cuda"
-
-
-class TestTiles:
-    @given(
-        st.lists(st.integers(1, 19), min_size=2, max_size=3),
-        st.integers(1, 12),
-        st.integers(0, 11),
-        st.sampled_from(BLENDS),
-        st.integers(1, 5),
-        st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.uint8]),
-    )
-    @settings(deadline=None)
-    def test_identity_gives_the_image_bit_for_bit(
-        self, shape: list[int], tile: int, overlap: int, blend: Any, tiles_per_call: int, dtype: torch.dtype
-    ) -> None:
-        image = (rand(2, 3, *shape) * 255).to(dtype)
-        overlap = min(overlap, tile - 1)
-        result = tiled_apply(lambda tiles: tiles, image, tile, overlap, blend=blend, tiles_per_call=tiles_per_call)
-        assert result.dtype == dtype
-        assert torch.equal(result, image)
-
-    @pytest.mark.parametrize("blend", BLENDS)
-    @pytest.mark.parametrize("shape", [(37, 50), (13, 20, 17)])
-    def test_super_resolution_tiles_land_where_they_belong(self, shape: tuple[int, ...], blend: Any) -> None:
-        image = rand(1, 2, *shape)
-        enlarge = nn.Upsample(scale_factor=3, mode="nearest")
-        assert torch.equal(tiled_apply(enlarge, image, 9, 4, blend=blend), enlarge(image))
-
-    @pytest.mark.parametrize("shape", [(40, 57), (14, 21, 19)])
-    def test_nearest_equals_the_full_frame_when_the_overlap_covers_the_receptive_field(
-        self, shape: tuple[int, ...]
-    ) -> None:
-        torch.manual_seed(0)
-        conv = {2: nn.Conv2d, 3: nn.Conv3d}[len(shape)]
-        network = nn.Sequential(conv(1, 4, 3, padding=1), nn.ReLU(), conv(4, 2, 3, padding=1)).double()
-        image = rand(1, 1, *shape).double()
-        with torch.no_grad():
-            tiled = tiled_apply(network, image, tile=11, overlap=4, blend="nearest")  # radius 2
-            assert torch.allclose(tiled, network(image), atol=1e-12)
-            seams = tiled_apply(network, image, tile=11, overlap=2, blend="nearest")
-            assert not torch.allclose(seams, network(image), atol=1e-6)
-
-    def test_an_image_smaller_than_the_tile_is_one_call(self) -> None:
-        image = rand(2, 1, 5, 30)
-        shapes = []
-
-        def fn(tiles: Tensor) -> Tensor:
-            shapes.append(tuple(tiles.shape))
-            return tiles.cumsum(-1)
-
-        assert torch.equal(tiled_apply(fn, image, 64, 16), fn(image))
-        assert shapes[0] == (2, 1, 5, 30)
-
-    @pytest.mark.parametrize("blend", ["linear", "hann", "gaussian"])
-    def test_disagreeing_tiles_are_blended_gradually_and_symmetrically(self, blend: Any) -> None:
-        values = iter([0.0, 1.0])
-        image = torch.zeros(1, 1, 1, 24, dtype=torch.float64)
-        row = tiled_apply(lambda tiles: tiles + next(values), image, (1, 16), (0, 8), blend=blend).flatten()
-        assert (row[:8] == 0).all()
-        assert (row[16:] == 1).all()
-        assert (row[7:17].diff() > 0).all()
-        assert torch.allclose(row + row.flip(0), torch.ones(24, dtype=torch.float64))
-
-    def test_tiles_lie_inside_the_image_have_one_size_and_overlap_enough(self) -> None:
-        image = torch.arange(100.0).reshape(1, 1, 1, 100)
-        spans = []
-
-        def fn(tiles: Tensor) -> Tensor:
-            spans.append((int(tiles.min()), int(tiles.max()) + 1))
-            return tiles
-
-        tiled_apply(fn, image, (1, 32), (0, 8))
-        assert {stop - start for start, stop in spans} == {32}
-        assert (spans[0][0], spans[-1][1]) == (0, 100)
-        gaps = [before[1] - after[0] for before, after in itertools.pairwise(spans)]
-        assert min(gaps) >= 8
-        assert max(gaps) - min(gaps) <= 1
-
-    def test_more_tiles_per_call_change_nothing(self) -> None:
-        image = rand(2, 3, 40, 40)
-        conv = nn.Conv2d(3, 4, 3, padding=1)
-        with torch.no_grad():
-            one, seven = (tiled_apply(conv, image, 16, 4, tiles_per_call=count) for count in (1, 7))
-        assert torch.allclose(one, seven, atol=1e-6)
-
-    def test_gradients_flow_through_the_blend(self) -> None:
-        image = rand(1, 1, 12, 12).double().requires_grad_()
-        result = tiled_apply(lambda tiles: tiles * 2, image, 8, 4)
-        (gradient,) = torch.autograd.grad(result.sum(), image)
-        assert torch.allclose(gradient, torch.full_like(image, 2.0))
-
-    def test_memory_that_runs_out_makes_fewer_tiles_per_call(self) -> None:
-        sizes = []
-
-        def fn(tiles: Tensor) -> Tensor:
-            sizes.append(len(tiles))
-            if len(tiles) > 2:
-                out_of_memory("cuda")
-            return tiles
-
-        image = rand(1, 1, 32, 32)
-        assert torch.equal(tiled_apply(fn, image, 8, 0, tiles_per_call=8), image)
-        assert sizes == [8, 4, *[2] * 8]
-
-    def test_memory_does_not_depend_on_the_size_of_the_image(self) -> None:
-        def extra(side: int) -> float:
-            image = rand(1, 1, side, side)
-            network = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 1, 3, padding=1))
-            with torch.no_grad():
-                peak = peak_memory(lambda: tiled_apply(network, image, 64, 16))
-            return peak - 2 * image.nbytes / 1e6  # the result, and the sum of the weights
-
-        assert extra(640) == pytest.approx(extra(160), rel=0.1)
-
-    def test_tiles_may_be_computed_elsewhere(self) -> None:
-        with FakeTensorMode():
-            image = torch.empty(1, 3, 40, 40)
-            result = tiled_apply(lambda tiles: tiles.to("cuda") * 2, image, 16, 4)
-            assert result.device.type == "cpu"
-            assert tiled_apply(torch.sin, image.to("cuda"), 16, 4).device.type == "cuda"
-
-    @pytest.mark.parametrize("device", DEVICES)
-    def test_half_precision_is_blended_in_float32(self, device: str) -> None:
-        image = torch.full((1, 1, 64, 64), 0.1, dtype=torch.bfloat16, device=device)
-        assert torch.equal(tiled_apply(lambda tiles: tiles, image, 16, 8), image)
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"image": torch.zeros(1, 1, 8)}, "2 or 3 space dimensions"),
-            ({"tile": 0}, "tile must be one number or 2, each at least 1"),
-            ({"tile": (4, 4, 4)}, "tile must be one number or 2"),
-            ({"overlap": -1}, "overlap must be one number or 2, each at least 0"),
-            ({"overlap": 4}, "overlap must be smaller than the tile, got 4 and 4"),
-            ({"tiles_per_call": 0}, "tiles_per_call must be at least 1"),
-            ({"fn": lambda tiles: tiles[..., 1:]}, "a whole number of times as large"),
-            ({"fn": lambda tiles: tiles.repeat_interleave(2, dim=3)}, "a whole number of times as large"),
-            ({"fn": lambda tiles: tiles[:0]}, "as many tiles as it gets"),
-            ({"blend": "cosine"}, "blend must be one of linear, hann, gaussian, nearest"),
-            ({"fn": lambda tiles: tiles.mean(1)}, "as many tiles as it gets"),
-        ],
-    )
-    def test_what_does_not_fit_is_refused(self, options: dict[str, Any], message: str) -> None:
-        arguments = {"fn": torch.sin, "image": torch.zeros(1, 1, 8, 8), "tile": 4, "overlap": 0, **options}
-        with pytest.raises(ValueError, match=message):
-            tiled_apply(**arguments)
 
 
 Pair = namedtuple("Pair", ["x", "y"])

@@ -8,13 +8,13 @@ import torch
 from torch.nn import functional as F
 
 from poise.core.experiments import grokking_stability as experiment
-from poise.core.experiments.grokking_stability import EXPERIMENT, Study
+from poise.core.experiments.grokking_stability import EXPERIMENT, Config
 from poise.core.lab.run import ArmResult, Run
 
-TINY = Study(p=11, steps=4, long_steps=6, log_every=2)
+TINY = Config(p=11, steps=4, long_steps=6, measure_every=2)
 
 
-def results(config: Study, tmp_path: Path, arms: tuple[str, ...]) -> dict[str, ArmResult]:
+def results(config: Config, tmp_path: Path, arms: tuple[str, ...]) -> dict[str, ArmResult]:
     return {
         arm: ArmResult(arm, EXPERIMENT.run(config, arm, Run.scratch(tmp_path / arm, seed=100)), tmp_path / arm)
         for arm in arms
@@ -28,7 +28,7 @@ def test_every_arm_takes_steps_and_reports_what_is_claimed_of_it(tmp_path: Path)
             assert claim.metric in found[arm].metrics, (claim.metric, arm)
     for arm, result in found.items():
         curves = result.load("curves")
-        assert curves["step"].tolist() == list(range(0, 7 if experiment.ARMS[arm].long else 5, 2))
+        assert curves["step"].tolist() == list(range(0, 7 if experiment.SETUPS[arm].long else 5, 2))
         assert result.load("table")["right"].shape == (11, 11)
         assert (result.dir / "figures" / "curves.png").is_file()
     run = Run.scratch(tmp_path / "compare")
@@ -41,7 +41,7 @@ def test_every_arm_takes_steps_and_reports_what_is_claimed_of_it(tmp_path: Path)
 @pytest.mark.parametrize("preset", sorted(EXPERIMENT.presets.keys() - {"quick"}))
 @pytest.mark.parametrize("arm", ["baseline", "perp_grad", "stablemax"])
 def test_other_presets_take_real_steps_at_the_published_sizes(preset: str, arm: str, tmp_path: Path) -> None:
-    config = replace(EXPERIMENT.presets[preset], steps=2, long_steps=2, log_every=2)
+    config = replace(EXPERIMENT.presets[preset], steps=2, long_steps=2, measure_every=2)
     metrics = results(config, tmp_path, (arm,))[arm].metrics
     assert 0 <= metrics["test_accuracy"] <= 1
     assert metrics["gradient_left"] > 0
@@ -76,5 +76,5 @@ def test_first_hit_is_found_and_a_missing_one_is_the_last_index() -> None:
 
 
 def test_steps_that_are_not_measured_are_refused() -> None:
-    with pytest.raises(ValueError, match="multiples of log_every"):
-        Study(steps=10, log_every=3)
+    with pytest.raises(ValueError, match="multiples of measure_every"):
+        Config(steps=10, measure_every=3)

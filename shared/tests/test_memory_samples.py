@@ -231,7 +231,7 @@ def test_bad_indices_and_rows_are_refused(index: Tensor, rows: Tensor, error: ty
 def test_other_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\], got 1.5"):
         SampleBank(5, 3).update(torch.tensor([0]), torch.ones(1, 3), 1.5)
-    with pytest.raises(TypeError, match=r"rows must be floating to be averaged, got torch\.int64"):
+    with pytest.raises(TypeError, match=r"rows must be floating-point to be averaged, got torch\.int64"):
         SampleBank(5, 3).update(torch.tensor([0]), torch.ones(1, 3).long(), 0.5)
     with pytest.raises(ValueError, match=r"must be positive, got 0 and \(3,\)"):
         SampleBank(0, 3)

@@ -248,7 +248,7 @@ def test_switched_off_adapter_gives_the_pretrained_model() -> None:
 
 def test_a_rank_that_does_not_fit_names_the_layer_and_leaves_the_model_alone() -> None:
     model = network()
-    with pytest.raises(ValueError, match=r"^4: r must lie between 1 and 3"):
+    with pytest.raises(ValueError, match=r"^4: r must lie in 1\.\.3"):
         apply_sorsa(model, SorsaConfig(r=4))
     assert not sorsa_deltas(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -257,8 +257,8 @@ def test_a_rank_that_does_not_fit_names_the_layer_and_leaves_the_model_alone() -
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"r": 0}, ValueError, "r must lie between 1 and 5, for a weight|r must lie between 1 and 5"),
-        ({"r": 6}, ValueError, "r must lie between 1 and 5"),
+        ({"r": 0}, ValueError, r"r must lie in 1\.\.5"),
+        ({"r": 6}, ValueError, r"r must lie in 1\.\.5"),
         ({"r": 2, "alpha": -1.0}, ValueError, "alpha must be positive"),
         ({"r": 2, "dropout": -0.1}, ValueError, "dropout must lie in"),
         ({"r": 2, "svd": "full"}, ValueError, "svd must be 'exact' or 'randomized'"),
@@ -276,7 +276,7 @@ def test_weights_that_cannot_be_decomposed_are_refused() -> None:
     with pytest.raises(ValueError, match="not finite"):
         SorsaLinear(base, 2)
     base.weight = nn.Parameter(torch.ones(5, 7, dtype=torch.int32), requires_grad=False)
-    with pytest.raises(TypeError, match="expected a floating-point weight"):
+    with pytest.raises(TypeError, match="weight must be floating-point"):
         SorsaLinear(base, 2)
     with pytest.raises(ValueError, match="no SORSA layers: call apply_sorsa first"):
         sorsa_parameters(nn.Linear(2, 2))

@@ -23,7 +23,7 @@ from poise.core.experiments.sorsa_measures import at_equal_loss
 from poise.core.lab import ArmResult, Run
 from poise.core.lab.errors import BadInput
 
-QUICK = replace(EXPERIMENT.presets["quick"], pretraining=30, steps=24, window=12, every=6, rank=4)
+QUICK = replace(EXPERIMENT.presets["quick"], pretraining=30, steps=24, window=12, measure_every=6, rank=4)
 
 
 def test_arms_measure_what_the_claims_are_about(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_arms_measure_what_the_claims_are_about(tmp_path: Path) -> None:
 
 def test_loss_is_the_mean_over_micro_batches(tmp_path: Path) -> None:
     config = replace(
-        QUICK, steps=3, window=0, every=0, batch=64, micro_batch=16, clip=1.0, schedule="cosine", warmup=0.3
+        QUICK, steps=3, window=0, measure_every=0, batch=64, micro_batch=16, clip=1.0, schedule="cosine", warmup=0.3
     )
     metrics = EXPERIMENT.run(config, "sorsa", Run.scratch(tmp_path))
     assert 0 < metrics["start_loss"] < 50
@@ -141,7 +141,15 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("arm", ["baseline", "pissa", "sorsa", "full"])
 def test_paper_preset_reads_the_published_format(arm: str, folder: Path, tmp_path: Path) -> None:
     config = replace(
-        EXPERIMENT.presets["paper"], rank=4, steps=2, batch=4, micro_batch=2, window=0, tokens=64, answers=3, every=0
+        EXPERIMENT.presets["paper"],
+        rank=4,
+        steps=2,
+        batch=4,
+        micro_batch=2,
+        window=0,
+        tokens=64,
+        answers=3,
+        measure_every=0,
     )
     metrics = EXPERIMENT.run(config, arm, Run.scratch(tmp_path / "run", data=folder))
     assert 2.0 < metrics["start_loss"] < 6.0

@@ -3,26 +3,26 @@
 import importlib.util
 import struct
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from poise.core.lab import ArmResult, Run
+from poise.core.lab import Run
 from poise.core.lab.errors import BadInput
+from poise.core.lab.rehearsal import check_resume, figures, rehearse
 from poise.medical.experiments import adele as experiment
 from poise.medical.experiments.adele import EXPERIMENT, SETUPS
 from poise.medical.experiments.adele_data import INK, badly_drawn, digit_masks
 from poise.medical.experiments.adele_measures import LAST, MEASURES, early_learning
 from poise.medical.experiments.adele_networks import DeepLabV1, UNet
 
-QUICK = replace(
-    EXPERIMENT.presets["quick"], train=8, test=6, width=4, levels=2, epochs=6, batch_size=4, evaluate_every=2
-)
+QUICK = replace(EXPERIMENT.presets["quick"], train=8, test=6, width=4, levels=2, epochs=6, batch=4, evaluate_every=2)
 FINAL = {"miou", "miou_best", "miou_drop", "label_iou", "label_iou_given", "label_gain", "inconsistency"}
 TRIGGERS = {"triggered_classes", "first_trigger", "trigger_spread", "untriggered_changed"}
 FOLLOWED = {"clean_peak", "noisy_rise", "clean_fall"}
+train = partial(rehearse, EXPERIMENT)
 
 
 @pytest.fixture(name="formats", scope="module")
@@ -32,17 +32,6 @@ def _formats():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def train(config, arm, folder, **arguments):
-    run = Run.scratch(folder / arm, **arguments)
-    metrics = EXPERIMENT.run(config, arm, run)
-    assert all(np.isfinite(value) for value in metrics.values())
-    return ArmResult(arm, metrics, run.dir)
-
-
-def figures(folder):
-    return {path.name for path in (folder / "figures").iterdir()}
 
 
 def test_every_arm_trains_and_all_are_compared(tmp_path):
@@ -127,27 +116,8 @@ def test_early_learning_is_what_comes_after_the_best_epoch():
 
 
 @pytest.mark.parametrize("arm", ["both", "global"])
-def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path, monkeypatch):
-    monkeypatch.setattr("poise.core.lab.run.CHECKPOINT_SECONDS", 0.0)
-    whole = train(QUICK, arm, tmp_path / "whole")
-
-    class KilledError(Exception):
-        pass
-
-    measure, calls = experiment.epoch_measures, []
-
-    def killed(*arguments, **options):
-        calls.append(arguments)
-        if len(calls) == 4:
-            raise KilledError
-        return measure(*arguments, **options)
-
-    monkeypatch.setattr(experiment, "epoch_measures", killed)
-    with pytest.raises(KilledError):
-        train(QUICK, arm, tmp_path / "killed")
-    resumed = train(QUICK, arm, tmp_path / "killed")
-    assert resumed.metrics == whole.metrics
-    assert (resumed.dir / "metrics.jsonl").read_bytes() == (whole.dir / "metrics.jsonl").read_bytes()
+def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path):
+    check_resume(EXPERIMENT, QUICK, arm, tmp_path, kill=(experiment, "epoch_measures", 4))
 
 
 # Published formats
@@ -157,7 +127,7 @@ def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path, monkeypatch):
 @pytest.mark.parametrize("inside", ["", "train"])
 def test_paper_preset_trains_on_volumes(arm, inside, tmp_path, formats):
     formats.segthor(tmp_path / "data" / inside, ("Patient_01", "Patient_02", "Patient_08"), shape=(40, 36, 5))
-    config = replace(EXPERIMENT.presets["paper"], size=32, width=4, epochs=4, batch_size=3)
+    config = replace(EXPERIMENT.presets["paper"], size=32, width=4, epochs=4, batch=3)
     result = train(config, arm, tmp_path, data=tmp_path / "data")
     assert result.metrics.keys() == FINAL | TRIGGERS | FOLLOWED
     masks = result.load("masks")
@@ -167,7 +137,7 @@ def test_paper_preset_trains_on_volumes(arm, inside, tmp_path, formats):
 
 def test_paper_preset_takes_a_step_at_its_published_size(tmp_path, formats):
     formats.segthor(tmp_path / "data", ("Patient_01", "Patient_08"), shape=(512, 512, 3))
-    config = replace(EXPERIMENT.presets["paper"], epochs=1, batch_size=1, width=8)
+    config = replace(EXPERIMENT.presets["paper"], epochs=1, batch=1, width=8)
     assert (config.size, config.learning_rate, config.momentum, config.gate) == (256, 0.01, 0.99, 0.8)
     result = train(config, "both", tmp_path, data=tmp_path / "data")
     assert result.load("masks")["image"].shape == (1, 1, 256, 256)
@@ -187,7 +157,7 @@ def test_pascal_preset_trains_on_pictures_with_pseudo_labels(arm, tmp_path, form
         return detector.triggered.clone()
 
     monkeypatch.setattr(experiment.MemorizationDetector, "decide", memorised)
-    config = replace(EXPERIMENT.presets["pascal"], size=32, width=1, epochs=2, batch_size=2, interval=1.0)
+    config = replace(EXPERIMENT.presets["pascal"], size=32, width=1, epochs=2, batch=2, interval=1.0)
     result = train(config, arm, tmp_path, data=tmp_path / "data")
     assert result.metrics.keys() >= FINAL | TRIGGERS
     assert (result.metrics["label_iou"] != result.metrics["label_iou_given"]) is (arm == "both")

@@ -1,6 +1,7 @@
 """The AEM experiment: every preset trains, reads the published formats, and resumes bit-identically."""
 
 from dataclasses import replace
+from functools import partial
 
 import h5py
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from poise.core.data.wheels import MissingDataError, wheel_file
-from poise.core.lab import ArmResult, Run
+from poise.core.lab import Run
 from poise.core.lab.errors import BadInput
+from poise.core.lab.rehearsal import check_resume, figures, rehearse
 from poise.medical import EfficientNetLite0
 from poise.medical.experiments import aem as experiment
 from poise.medical.experiments.aem import EXPERIMENT, SETUPS
@@ -20,17 +22,7 @@ from poise.medical.mil.tiles import WEIGHTS
 TINY = {"train": 4, "test": 6, "hidden": 16, "att_dim": 8, "epochs": 6}
 QUICK = replace(EXPERIMENT.presets["quick"], **TINY)
 MEASURES = {"auc", "accuracy", "macro_f1", "nll", "entropy", "largest_weight", "epochs_correlation"}
-
-
-def train(config, arm, folder, **arguments):
-    run = Run.scratch(folder / arm, **arguments)
-    metrics = EXPERIMENT.run(config, arm, run)
-    assert all(np.isfinite(value) for value in metrics.values())
-    return ArmResult(arm, metrics, run.dir)
-
-
-def figures(folder):
-    return {path.name for path in (folder / "figures").iterdir()}
+train = partial(rehearse, EXPERIMENT)
 
 
 def test_every_arm_trains_and_all_are_compared(tmp_path):
@@ -89,28 +81,9 @@ def test_correlation_is_that_of_ranks():
 
 
 @pytest.mark.parametrize("arm", ["subsampled_aem", "annealed"])
-def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path, monkeypatch):
-    monkeypatch.setattr("poise.core.lab.run.CHECKPOINT_SECONDS", 0.0)
+def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path):
     config = replace(QUICK, train=3, epochs=4)
-    whole = train(config, arm, tmp_path / "whole")
-
-    class KilledError(Exception):
-        pass
-
-    evaluate, calls = experiment.evaluate, []
-
-    def killed(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KilledError
-        return evaluate(*arguments)
-
-    monkeypatch.setattr(experiment, "evaluate", killed)
-    with pytest.raises(KilledError):
-        train(config, arm, tmp_path / "killed")
-    resumed = train(config, arm, tmp_path / "killed")
-    assert resumed.metrics == whole.metrics
-    assert (resumed.dir / "metrics.jsonl").read_bytes() == (whole.dir / "metrics.jsonl").read_bytes()
+    check_resume(EXPERIMENT, config, arm, tmp_path, kill=(experiment, "evaluate", 3))
 
 
 # Tiles of a picture

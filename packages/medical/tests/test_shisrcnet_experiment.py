@@ -1,6 +1,7 @@
 """The SHISRCNet experiment: every arm trains, BreaKHis is read as published, and a killed run resumes bit-identically."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,18 +9,21 @@ import torch
 from PIL import Image
 
 from poise.core.data.wheels import MissingDataError, wheel_file
-from poise.core.lab import ArmResult, Run
+from poise.core.lab import Run
 from poise.core.lab.errors import BadInput
+from poise.core.lab.rehearsal import check_resume, figures, rehearse
 from poise.medical import SHISRCLoss, SHISRCOutput
 from poise.medical.experiments import shisrcnet as experiment
-from poise.medical.experiments.shisrcnet import EXPERIMENT, SETUPS, build, released_loss, warmed_up
+from poise.medical.experiments.shisrcnet import EXPERIMENT, SETUPS, build, warmed_up
 from poise.medical.experiments.shisrcnet_data import Tiles, picture_tissue
 from poise.medical.experiments.shisrcnet_measures import view_gap
+from poise.medical.experiments.shisrcnet_parts import released_loss
 from poise.medical.histopathology.resolution import degrade
 from poise.medical.mil.tiles import WEIGHTS
 
 QUICK = replace(EXPERIMENT.presets["quick"], hr_size=16, width=4, crops=128, warmup=1, epochs=1, batch=256)
 PAPER = EXPERIMENT.presets["paper"]
+train = partial(rehearse, EXPERIMENT)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,17 +32,6 @@ def _weights():
         wheel_file(*WEIGHTS)
     except MissingDataError as error:
         pytest.skip(str(error))
-
-
-def train(config, arm, folder, **arguments):
-    run = Run.scratch(folder / arm, **arguments)
-    metrics = EXPERIMENT.run(config, arm, run)
-    assert all(np.isfinite(value) for value in metrics.values())
-    return ArmResult(arm, metrics, run.dir)
-
-
-def figures(folder):
-    return {path.name for path in (folder / "figures").iterdir()}
 
 
 def test_every_arm_trains_and_all_are_compared(tmp_path):
@@ -118,29 +111,11 @@ def test_wiring_of_the_release_never_teaches_the_logits_the_class():
     torch.testing.assert_close(terms["sr"], torch.tensor(0.1))
 
 
-def test_an_interrupted_run_resumes_bit_identically(tmp_path, monkeypatch):
-    monkeypatch.setattr("poise.core.lab.run.CHECKPOINT_SECONDS", 0.0)
-    config = replace(QUICK, epochs=2, judge_every=1)
-    whole = train(config, "shisrcnet", tmp_path / "whole")
-
-    class KilledError(Exception):
-        pass
-
-    judge, calls = experiment.Judge.__call__, []
-
-    def killed(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KilledError
-        return judge(*arguments)
-
-    monkeypatch.setattr(experiment.Judge, "__call__", killed)
-    with pytest.raises(KilledError):
-        train(config, "shisrcnet", tmp_path / "killed")
-    warmed_up.cache_clear()  # as in a new process
-    resumed = train(config, "shisrcnet", tmp_path / "killed")
-    assert resumed.metrics == whole.metrics
-    assert (resumed.dir / "metrics.jsonl").read_bytes() == (whole.dir / "metrics.jsonl").read_bytes()
+def test_an_interrupted_run_resumes_bit_identically(tmp_path):
+    config = replace(QUICK, epochs=2, evaluate_every=1)
+    check_resume(
+        EXPERIMENT, config, "shisrcnet", tmp_path, kill=(experiment.Judge, "__call__", 2), restart=warmed_up.cache_clear
+    )
 
 
 # BreaKHis

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from poise.core.bench import case, peak_memory, peer
+from poise.core.bench import Case, Peer, case, peak_memory, peer
 from poise.ot import ConvergenceWarning, MongeGapLoss, monge_gap_from_samples, sinkhorn_divergence, sinkhorn_points
 
 N, DIM, ERROR = 1_024, 32, 1e-3
@@ -28,7 +28,7 @@ def samples(n: int = N, dim: int = DIM) -> tuple[Tensor, Tensor]:
         return x, 3 * net(x)
 
 
-def against_ott() -> dict[str, Any]:
+def against_ott() -> Peer:
     """Value and gradient of the gap, both to the same marginal error."""
     import jax
     from ott.neural.methods.monge_gap import monge_gap_from_samples as ott_gap
@@ -54,7 +54,7 @@ def against_ott() -> dict[str, Any]:
     return peer("ott-jax under jit", version("ott-jax"), name, ours, theirs)
 
 
-def against_geomloss() -> dict[str, Any]:
+def against_geomloss() -> Peer:
     """Sinkhorn divergence with its gradient, at the same entropy; geomloss anneals a fixed number of steps."""
     from geomloss import SamplesLoss
 
@@ -83,7 +83,7 @@ def against_geomloss() -> dict[str, Any]:
     )
 
 
-def against_pot() -> dict[str, Any]:
+def against_pot() -> Peer:
     """Sinkhorn divergence, the value alone, which POT gives for NumPy arrays."""
     import ot
 
@@ -106,7 +106,7 @@ def against_pot() -> dict[str, Any]:
     return peer("POT", version("POT"), f"Sinkhorn divergence, n = {N}, d = {DIM}", ours, theirs, repeats=3, warmup=1)
 
 
-def training_step() -> dict[str, Any]:
+def training_step() -> Case:
     """A step of a map with the fitting loss alone, and with the gap."""
     x, _ = samples(256, 3)
     y = torch.randn(256, 3) + 1

@@ -13,7 +13,7 @@ from ot.smooth import SparsityConstrained as PotSparsityConstrained
 from ot.smooth import semi_dual_obj_grad, smooth_ot_semi_dual
 from torch import Tensor, nn
 
-from poise.core.bench import case, peer
+from poise.core.bench import Case, Peer, case, peer
 from poise.ot import SparseOTRouter, SparsityConstrained, solve_semi_dual
 from poise.ot.sparse.duals import SemiDual
 
@@ -31,7 +31,7 @@ def problem(m: int, n: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     return a, b, torch.cdist(x, y).square()
 
 
-def evaluation(size: int = 2_000) -> dict[str, Any]:
+def evaluation(size: int = 2_000) -> Peer:
     """One value and gradient of the semi-dual, with nothing kept from an evaluation before."""
     a, b, cost = problem(size, size)
     by_column, reg = cost.mT.contiguous(), SparsityConstrained(K, GAMMA)
@@ -48,7 +48,7 @@ def evaluation(size: int = 2_000) -> dict[str, Any]:
     )
 
 
-def same_value(size: int, k: int) -> dict[str, Any]:
+def same_value(size: int, k: int) -> Peer:
     """A solve to the dual value at which POT stops by default, after 100 iterations of L-BFGS, or to a better one."""
     a, b, cost = problem(size, size)
     arrays = [each[0].numpy() for each in (a, b, cost)]
@@ -66,7 +66,7 @@ def same_value(size: int, k: int) -> dict[str, Any]:
     )
 
 
-def exact(size: int, k: int) -> dict[str, Any]:
+def exact(size: int, k: int) -> Peer:
     """A solve to the optimum, which ours proves with a duality gap, against POT until its line search gives up."""
     a, b, cost = problem(size, size)
     arrays = [each[0].numpy() for each in (a, b, cost)]
@@ -82,7 +82,7 @@ def exact(size: int, k: int) -> dict[str, Any]:
     )
 
 
-def batched(count: int = 64, size: int = 128) -> dict[str, Any]:
+def batched(count: int = 64, size: int = 128) -> Peer:
     """Many problems at once against a loop, to the same sum of dual values."""
     a, b, cost = problem(size, size, count)
     arrays = [each.numpy() for each in (a, b, cost)]
@@ -118,7 +118,7 @@ def pot_value(arrays: list[Any], k: int, steps: int) -> float:
     return float(semi_dual_obj_grad(log["alpha"], *arrays, reg)[0])
 
 
-def router_step(tokens: int = 784, width: int = 192, experts: int = 8) -> dict[str, Any]:
+def router_step(tokens: int = 784, width: int = 192, experts: int = 8) -> Case:
     """Forward and backward of a mixture-of-experts MLP with a top-1 softmax router and with the sparse one."""
     torch.manual_seed(0)
     inner = nn.Parameter(0.05 * torch.randn(experts, width, 4 * width))

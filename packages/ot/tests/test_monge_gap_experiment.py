@@ -1,13 +1,15 @@
 """The Monge gap experiment: every preset trains at its published sizes, measures exactly, and resumes bit-identically."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from poise.core.lab import ArmResult, Run
+from poise.core.lab import Run
 from poise.core.lab.errors import BadInput
+from poise.core.lab.rehearsal import check_resume, figures, rehearse
 from poise.ot import Euclidean, SqEuclidean
 from poise.ot.experiments import monge_gap as experiment
 from poise.ot.experiments.monge_gap import ARMS, EXPERIMENT, exact_costs
@@ -18,13 +20,7 @@ COLOURS = replace(EXPERIMENT.presets["quick"], **TINY)
 KNOWN = replace(EXPERIMENT.presets["known-map"], **TINY, warm_steps=3, tail_steps=2)
 FEW = {"steps": 2, "dual_steps": 1, "dual_inner_steps": 1, "test_samples": 64, "curve_samples": 32, "curve_points": 1}
 GAPS = {f"{cost}_{part}" for cost in ("squared", "euclidean") for part in ("displacement", "cost", "gap")}
-
-
-def train(config, arm, folder, **arguments):
-    run = Run.scratch(folder / arm, **arguments)
-    metrics = EXPERIMENT.run(config, arm, run)
-    assert all(np.isfinite(value) for value in metrics.values())
-    return ArmResult(arm, metrics, run.dir)
+train = partial(rehearse, EXPERIMENT)
 
 
 @pytest.mark.parametrize("config", [COLOURS, KNOWN], ids=["quick", "known-map"])
@@ -36,10 +32,10 @@ def test_every_arm_trains_and_all_are_compared(config, tmp_path):
         preset = "known-map" if config is KNOWN else "quick"
         assert preset not in claim.presets or claim.metric in results[claim.arm].metrics
     EXPERIMENT.compare(config, results, Run.scratch(tmp_path / "compare"))
-    pages = {path.name for path in (tmp_path / "compare" / "figures").iterdir()}
+    pages = figures(tmp_path / "compare")
     assert pages == {"metrics.png", "maps.png" if config is KNOWN else "pictures.png"}
     for result in results.values():
-        assert {path.name for path in (result.dir / "figures").iterdir()} == {"curves.png", "displacements.png"}
+        assert figures(result.dir) == {"curves.png", "displacements.png"}
 
 
 def test_compare_draws_whatever_arms_ran(tmp_path):
@@ -141,25 +137,6 @@ def test_cells_preset_can_learn_one_drug_without_doses(tmp_path, write_h5ad):
 
 
 @pytest.mark.parametrize("arm", ["monge_gap", "icnn_dual"])
-def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path):
     config = replace(KNOWN, steps=8, dual_steps=8, curve_points=8)
-    monkeypatch.setattr("poise.core.lab.run.CHECKPOINT_SECONDS", 0.0)
-    whole = train(config, arm, tmp_path / "whole")
-
-    class KilledError(Exception):
-        pass
-
-    measure, calls = experiment.measure, []
-
-    def killed(*arguments):
-        calls.append(arguments)
-        if len(calls) == 5:
-            raise KilledError
-        measure(*arguments)
-
-    monkeypatch.setattr(experiment, "measure", killed)
-    with pytest.raises(KilledError):
-        train(config, arm, tmp_path / "killed")
-    resumed = train(config, arm, tmp_path / "killed")
-    assert resumed.metrics == whole.metrics
-    assert (resumed.dir / "metrics.jsonl").read_bytes() == (whole.dir / "metrics.jsonl").read_bytes()
+    check_resume(EXPERIMENT, config, arm, tmp_path, kill=(experiment, "measure", 5))

@@ -5,15 +5,12 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import ot
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,16 +19,13 @@ from poise.ot import (
     Euclidean,
     PNormP,
     RelativeEpsilon,
-    SinkhornResult,
     SqEuclidean,
     sinkhorn,
-    sinkhorn_divergence,
     sinkhorn_points,
 )
 from poise.ot.entropic import fixed_point, streaming
 from poise.ot.entropic.kernels import StabilizedKernel
 
-GOLDEN = Path(__file__).parent / "golden" / "monge-gap"
 METHODS: list[Literal["log", "absorption"]] = ["log", "absorption"]
 
 
@@ -370,185 +364,3 @@ def test_large_clouds_are_streamed_without_being_asked(monkeypatch: pytest.Monke
         monkeypatch.setattr(fixed_point, "SAMPLE", 16)
         sinkhorn_points(x, y, 1.0)
     assert largest.entries < 5000
-
-
-# Regularization relative to the cost
-
-
-def test_relative_epsilon_is_a_share_of_the_weighted_statistics_of_the_cost() -> None:
-    x, y, a, b = normal(20, 2), normal(15, 2, seed=1), masses(20), masses(15, seed=1)
-    M = SqEuclidean().pairwise(x, y)
-    for epsilon, expected in (
-        (RelativeEpsilon(0.1).of_matrix(M), 0.1 * M.mean()),
-        (RelativeEpsilon(0.1, "std").of_matrix(M), 0.1 * M.std(correction=0)),
-        (RelativeEpsilon(0.1).of_matrix(M, a, b), 0.1 * a @ M @ b),
-        (RelativeEpsilon(0.1, "std").of_points(x, y, SqEuclidean()), 0.1 * M.std(correction=0)),
-        (RelativeEpsilon(0.1, cost=SqEuclidean()).of_points(x, y, Euclidean(), a, b), 0.1 * a @ M @ b),
-    ):
-        torch.testing.assert_close(epsilon, expected)
-
-
-def test_relative_epsilon_of_points_in_blocks_is_that_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = normal(2, 50, 3), normal(2, 40, 3, seed=1)
-    monkeypatch.setattr("poise.ot.entropic.epsilon.BLOCK", 500)
-    torch.testing.assert_close(
-        RelativeEpsilon(0.1, "std").of_points(x, y, Euclidean()),
-        RelativeEpsilon(0.1, "std").of_matrix(Euclidean().pairwise(x, y)),
-    )
-
-
-# The Sinkhorn divergence
-
-
-@pytest.mark.parametrize("case", ["case_a", "case_b"])
-def test_divergence_value_and_gradient_are_those_of_ott(case: str) -> None:
-    golden = np.load(GOLDEN / f"{case}.npz")
-    t, y = torch.from_numpy(golden["t"]).requires_grad_(), torch.from_numpy(golden["y"])
-    value = sinkhorn_divergence(t, y, RelativeEpsilon(0.1), tol=1e-10, max_iter=100_000)
-    (gradient,) = torch.autograd.grad(value, t)
-    assert value.item() == pytest.approx(golden["sinkdiv_t_y"], rel=1e-6)
-    torch.testing.assert_close(gradient, torch.from_numpy(golden["sinkdiv_grad_t"]), rtol=0, atol=1e-6)
-    static = sinkhorn_divergence(t, y, float(golden["sinkdiv_epsilon"]), static_b=True, tol=1e-10, max_iter=100_000)
-    (same,) = torch.autograd.grad(static, t)
-    assert static.item() == pytest.approx(golden["sinkdiv_static_b"], rel=1e-6)
-    torch.testing.assert_close(same, gradient)
-
-
-def test_divergence_is_that_of_geomloss() -> None:
-    geomloss = pytest.importorskip("geomloss")
-    x, y, eps = normal(30, 2), normal(40, 2, seed=1) + 0.5, 0.2
-    loss = geomloss.SamplesLoss(
-        "sinkhorn", p=2, blur=math.sqrt(eps / 2), scaling=0.99, debias=True, backend="tensorized"
-    )
-    ours = sinkhorn_divergence(x, y, eps, tol=1e-9)
-    assert ours.item() == pytest.approx(2 * loss(x, y).item(), rel=1e-3)
-
-
-@given(
-    n=st.integers(2, 12), m=st.integers(2, 12), d=st.integers(1, 4), eps=st.floats(0.3, 5.0), seed=st.integers(0, 999)
-)
-@settings(max_examples=10, deadline=None)
-def test_divergence_is_symmetric_nonnegative_and_zero_for_equal_samples(
-    n: int, m: int, d: int, eps: float, seed: int
-) -> None:
-    x, y = normal(n, d, seed=seed), normal(m, d, seed=seed + 1)
-    solve = partial(sinkhorn_divergence, eps=eps, tol=1e-8, max_iter=20_000)
-    assert abs(solve(x, x[torch.randperm(n)])) < 1e-7
-    assert solve(x, y) > -1e-7
-    torch.testing.assert_close(solve(x, y), solve(y, x), rtol=0, atol=1e-7)
-
-
-def test_divergence_of_repeated_points_is_that_of_weighted_points() -> None:
-    x, y = normal(6, 2), normal(5, 2, seed=1)
-    a, b = torch.tensor([1, 2, 1, 1, 3, 2]), torch.tensor([2, 2, 1, 1, 1])
-    for static in (False, True):
-        weighted = sinkhorn_divergence(
-            x, y, 0.3, static_b=static, a=a / a.sum().double(), b=b / b.sum().double(), tol=1e-10
-        )
-        repeated = sinkhorn_divergence(
-            x.repeat_interleave(a, 0), y.repeat_interleave(b, 0), 0.3, static_b=static, tol=1e-10
-        )
-        expected = repeated
-        if static:  # the entropy of the repeated target is larger: its self-transport in the same convention
-            own = sinkhorn_points(y, None, 0.3, SqEuclidean(), b / b.sum().double(), tol=1e-10)
-            full = sinkhorn_divergence(x.repeat_interleave(a, 0), y.repeat_interleave(b, 0), 0.3, tol=1e-10)
-            shares = b / b.sum().double()
-            expected = full + own.value / 2 - 0.3 * torch.xlogy(shares, shares).sum()
-        torch.testing.assert_close(weighted, expected)
-
-
-def test_divergence_of_a_batch_is_one_number_per_problem() -> None:
-    x, y = normal(3, 10, 2), normal(3, 12, 2, seed=1)
-    batch = sinkhorn_divergence(x, y, tol=1e-9)
-    torch.testing.assert_close(batch, torch.stack([sinkhorn_divergence(x[i], y[i], tol=1e-9) for i in range(3)]))
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"a": torch.tensor([1.0, 0.5, -0.5]).double()}, "non-negative masses, got -0.5"),
-        ({"a": torch.zeros(3).double()}, "a must have a positive total"),
-        ({"a": torch.tensor([1.0, 1.0, 0.0]).double()}, "same total mass, got 2 and 1"),
-        ({"a": torch.full((4,), 0.25).double()}, r"needs a of shape \(3,\)"),
-        ({"M": torch.tensor([[1.0, math.nan], [1, 1], [1, 1]]).double()}, "1 entries that are NaN or infinite"),
-        ({"M": torch.ones(3).double()}, r"M must be \(n, m\)"),
-        ({"reg": 0.0}, "reg must be positive"),
-        ({"reg": -1.0}, "reg must be positive"),
-        ({"reg": torch.ones(2)}, "reg must be one number"),
-        ({"tol": 0.0}, "tol must be positive"),
-        ({"max_iter": 0}, "max_iter at least 1"),
-        ({"init": (torch.zeros(2).double(), torch.zeros(2).double())}, "init must hold potentials"),
-        ({"reg": RelativeEpsilon(0.1, cost=SqEuclidean())}, "needs the points"),
-    ],
-)
-def test_bad_problems_are_refused(change: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {
-        "a": torch.full((3,), 1 / 3).double(),
-        "b": torch.full((2,), 1 / 2).double(),
-        "M": torch.ones(3, 2).double(),
-        "reg": 0.1,
-    }
-    with pytest.raises(ValueError, match=message):
-        sinkhorn(**(arguments | change))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((np.ones(2) / 2, torch.ones(2) / 2, torch.ones(2, 2)), "NumPy arrays only"),
-        ((torch.ones(2).double() / 2, torch.ones(2) / 2, torch.ones(2, 2)), "one dtype"),
-        ((torch.ones(2), torch.ones(2), torch.ones(2, 2, dtype=torch.int64)), "floating-point"),
-        (([0.5, 0.5], torch.ones(2) / 2, torch.ones(2, 2)), r"got list|\[0.5, 0.5\]"),
-    ],
-)
-def test_mixed_kinds_are_refused(arguments: tuple[Any, Any, Any], message: str) -> None:
-    with pytest.raises(Exception, match=message):
-        sinkhorn(*arguments, 0.1)
-
-
-def test_unknown_methods_are_refused() -> None:
-    unknown: Any = "newton"
-    for solve in (
-        partial(sinkhorn, None, None, torch.ones(2, 2), 0.1),
-        partial(sinkhorn_points, normal(2, 2), None, 0.1),
-    ):
-        with pytest.raises(Exception, match="newton"):
-            solve(method=unknown)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"y": normal(5, 3)}, "expected x of shape"),
-        ({"x": normal(5), "y": normal(5)}, "expected x of shape"),
-        ({"x": normal(4, 2) * math.inf}, "NaN or infinite"),
-        ({"a": masses(5)}, "expected masses of shape"),
-        ({"a": masses(4) * 2}, "same total mass"),
-        ({"y": None, "b": masses(4)}, "b must be left out"),
-        ({"reg": 0.0}, "reg must be positive"),
-    ],
-)
-def test_bad_points_are_refused(change: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"x": normal(4, 2), "y": normal(5, 2), "reg": 0.1}
-    with pytest.raises(ValueError, match=message):
-        sinkhorn_points(**(arguments | change))
-
-
-@pytest.mark.parametrize(("factor", "statistic"), [(0.0, "mean"), (math.inf, "mean"), (0.1, "median")])
-def test_bad_relative_epsilon_is_refused(factor: float, statistic: Any) -> None:
-    with pytest.raises(Exception, match=r"relative epsilon|statistic"):
-        RelativeEpsilon(factor, statistic)
-
-
-def test_a_cost_of_zero_has_no_relative_epsilon() -> None:
-    with pytest.raises(ValueError, match="reg must be positive"):
-        sinkhorn(None, None, torch.zeros(3, 3), RelativeEpsilon(0.1))
-
-
-def test_result_is_readable() -> None:
-    result = sinkhorn(*problem(2, 2), 0.5)
-    assert isinstance(result, SinkhornResult)
-    assert "marginal_error" in repr(result)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box
 
-from poise.core.bench import case, peer
+from poise.core.bench import Case, Peer, case, peer
 from poise.rl import Batch, DrQV2Agent, NStepReplayBuffer
 from poise.rl.augment.random_shifts import shift_images, shift_images_by_grid
 
@@ -50,14 +50,14 @@ def updater(batch: Batch, monitor: tuple[str, ...]) -> Callable[[], float]:
     return update
 
 
-def monitoring(size: int, monitor: tuple[str, ...]) -> Any:
+def monitoring(size: int, monitor: tuple[str, ...]) -> Case:
     """An update at the published widths without and with the monitor."""
     batch = batch_of(size)
     name = f"DrQ-v2 update, batch {size}, 84 x 84, FAU of {' and '.join(monitor)}"
     return case(name, updater(batch, ()), updater(batch, monitor), repeats=5, warmup=1)
 
 
-def replay() -> Any:
+def replay() -> Case:
     """256 transitions of three stacked frames: gathered from stacks kept whole, and from the newest frames alone."""
     rng = np.random.default_rng(0)
     stacks, frames = (
@@ -75,7 +75,7 @@ def replay() -> Any:
     )
 
 
-def augmentation(size: int) -> Any:
+def augmentation(size: int) -> Peer:
     """Random shifts of a batch of bytes, ready for the encoder in floating point."""
     pixels = batch_of(size).observation
     shift = torch.randint(9, (size, 2), generator=torch.Generator().manual_seed(0))

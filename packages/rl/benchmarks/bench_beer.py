@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from gymnasium import Env
 
-from poise.core.bench import case, peer
+from poise.core.bench import Case, Peer, case, peer
 from poise.rl import Batch, BEERRegularizer, DPGAgent, ReplayBuffer, TD3Agent, bellman_cosine_bound, representation_rank
 from poise.rl.representation.critic_step import CriticStep
 
@@ -68,7 +68,7 @@ class AuthorsFormulation:
         return self.beta * (cosine - bound).relu().mean()
 
 
-def overhead(official: bool) -> Any:
+def overhead(official: bool) -> Case:
     """An update of deterministic policy gradient without and with BEER."""
     env = make_env()
     plain = DPGAgent(env.observation_space, env.action_space)
@@ -77,7 +77,7 @@ def overhead(official: bool) -> Any:
     return case(name, updater(plain, env), updater(beer, env))
 
 
-def against_authors() -> Any:
+def against_authors() -> Peer:
     """The same update with the term written as in the released code; ours computes the paper's form."""
     env = make_env()
     ours, theirs = (
@@ -99,7 +99,7 @@ def bound_agreement() -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def against_stable_baselines() -> Any:
+def against_stable_baselines() -> Peer:
     """TD3 updates, sampling from replay included, in both libraries at the same sizes and rates."""
     from stable_baselines3 import TD3
     from stable_baselines3.common.logger import configure
@@ -168,7 +168,7 @@ def update_agreement(agent: TD3Agent, theirs: Any) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def rank_by_gram() -> Any:
+def rank_by_gram() -> Peer:
     """The rank of 4,096 features by eigenvalues of their Gram matrix, and by singular values."""
     features = torch.randn(4_096, 256, generator=torch.Generator().manual_seed(0)).relu()
     return peer(

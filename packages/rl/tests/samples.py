@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.core.testing import Sample, randn
-from poise.rl.agents.drqv2 import Actor, Critic, Encoder
+from poise.rl.agents.pixel_networks import Actor, Critic, Encoder
 from poise.rl.agents.truncated_normal import TruncatedNormal
 from poise.rl.augment.random_shifts import RandomShiftsAug, shift_images, shift_images_by_grid
 from poise.rl.offline.normalizer import StateNormalizer

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from poise.rl import AdaptiveReplayRatio, FAUMonitor, reset_module
-from poise.rl.agents.drqv2 import Actor, Critic, Encoder
+from poise.rl.agents.pixel_networks import Actor, Critic, Encoder
 from poise.rl.plasticity.adaptive_rr import updates_at
 
 # The controller

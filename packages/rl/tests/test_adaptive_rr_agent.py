@@ -86,9 +86,9 @@ def test_all_channels_of_an_image_move_together():
 def test_shifts_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="pad"):
         RandomShiftsAug(-1)
-    with pytest.raises(ValueError, match="images of shape"):
+    with pytest.raises(ValueError, match="images must have shape"):
         RandomShiftsAug(1)(torch.zeros(3, 4, 4))
-    with pytest.raises(ValueError, match=r"shifts of shape \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"shift must have shape \(2, 2\)"):
         RandomShiftsAug(1)(torch.zeros(2, 1, 4, 4), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="square"):
         shift_images_by_grid(torch.zeros(1, 1, 3, 4), torch.zeros(1, 2), 1)

@@ -8,7 +8,7 @@ import torch
 from gymnasium.spaces import Box
 
 from poise.rl import AdaptiveReplayRatio, FAUMonitor, NStepReplayBuffer, RandomShiftsAug, TruncatedNormal, schedule
-from poise.rl.agents.drqv2 import Actor, Critic
+from poise.rl.agents.pixel_networks import Actor, Critic
 from poise.rl.augment.random_shifts import shift_images_by_grid
 
 GOLDEN = Path(__file__).parent / "golden" / "adaptive-rr"

@@ -23,7 +23,7 @@ from poise.rl import (
     with_layer_norm,
     with_spectral_norm,
 )
-from poise.rl.agents.drqv2 import Actor, Critic
+from poise.rl.agents.pixel_networks import Actor, Critic
 
 
 def seeded(seed=0):

@@ -1,12 +1,13 @@
 """The BEER experiment: every preset trains at its published sizes, arms share their data, and a killed run resumes bit-identically."""
 
 from dataclasses import replace
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
-from poise.core.lab import ArmResult, Run
+from poise.core.lab import Run
+from poise.core.lab.rehearsal import check_resume, figures, rehearse
 from poise.rl.experiments import beer as experiment
 from poise.rl.experiments.beer import ARMS, EXPERIMENT
 
@@ -25,13 +26,7 @@ MEASURED = {
     "above_bound",
     "head_norm",
 }
-
-
-def train(config, arm, folder, **arguments):
-    run = Run.scratch(folder / arm, **arguments)
-    metrics = EXPERIMENT.run(config, arm, run)
-    assert all(np.isfinite(value) for value in metrics.values())
-    return ArmResult(arm, metrics, run.dir)
+train = partial(rehearse, EXPERIMENT)
 
 
 def test_every_arm_learns_values_and_all_are_compared(tmp_path):
@@ -40,7 +35,7 @@ def test_every_arm_learns_values_and_all_are_compared(tmp_path):
     for claim in EXPERIMENT.claims:
         assert "quick" not in claim.presets or claim.metric in results[claim.arm].metrics
     EXPERIMENT.compare(QUICK, results, Run.scratch(tmp_path / "compare"))
-    assert {path.name for path in (tmp_path / "compare" / "figures").iterdir()} == {"arms.png", "values.png"}
+    assert figures(tmp_path / "compare") == {"arms.png", "values.png"}
     exact = [result.load("values")["returns"] for result in results.values()]
     assert all(torch.equal(exact[0], other) for other in exact), "the policy is the same, and so are the states"
 
@@ -75,26 +70,6 @@ def test_paper_preset_takes_steps_at_the_published_sizes(tmp_path):
 
 @pytest.mark.parametrize("config", [QUICK, CONTROL], ids=["quick", "control"])
 @pytest.mark.parametrize("arm", ["strong_beer", "infer"])
-def test_an_interrupted_run_resumes_bit_identically(config, arm, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_bit_identically(config, arm, tmp_path):
     config = replace(config, evaluate_every=max(1, config.steps // 4))
-    monkeypatch.setattr("poise.core.lab.run.CHECKPOINT_SECONDS", 0.0)
-    whole = train(config, arm, tmp_path / "whole")
-
-    class KilledError(Exception):
-        pass
-
-    note, calls = experiment.note, []
-
-    def killed(*arguments, **metrics):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KilledError
-        note(*arguments, **metrics)
-
-    monkeypatch.setattr(experiment, "note", killed)
-    with pytest.raises(KilledError):
-        train(config, arm, tmp_path / "killed")
-    monkeypatch.setattr(experiment, "note", note)
-    resumed = train(config, arm, tmp_path / "killed")
-    assert resumed.metrics == whole.metrics
-    assert (resumed.dir / "metrics.jsonl").read_bytes() == (whole.dir / "metrics.jsonl").read_bytes()
+    check_resume(EXPERIMENT, config, arm, tmp_path, kill=(experiment, "note", 3))

@@ -165,7 +165,7 @@ def test_normalised_states_have_mean_zero_and_a_deviation_just_below_one():
 def test_states_without_statistics_are_refused(bad):
     with pytest.raises(ValueError, match="expected finite observations"):
         StateNormalizer(bad)
-    with pytest.raises(ValueError, match="eps must be above 0"):
+    with pytest.raises(ValueError, match="eps must be positive"):
         StateNormalizer(torch.zeros(3, 2), eps=0.0)
 
 
@@ -211,11 +211,11 @@ def broken(**changes):
         ({"rewards": np.float32([0, 1, np.nan, 3, 4, 5])}, ValueError, "rewards must be finite, got nan at row 2"),
         ({"rewards": np.float32([0, np.inf, 2, 3, 4, 5])}, ValueError, "rewards must be finite, got inf at row 1"),
         ({"observations": np.full((6, 3), np.nan)}, ValueError, "observations must be finite"),
-        ({"rewards": np.zeros((6, 1))}, ValueError, r"expected rewards of shape \(6,\), got \(6, 1\)"),
-        ({"rewards": np.zeros(5)}, ValueError, r"expected rewards of shape \(6,\), got \(5,\)"),
-        ({"next_observations": np.zeros((6, 4))}, ValueError, r"expected next_observations of shape \(6, 3\)"),
+        ({"rewards": np.zeros((6, 1))}, ValueError, r"rewards must have shape \(6,\), got \(6, 1\)"),
+        ({"rewards": np.zeros(5)}, ValueError, r"rewards must have shape \(6,\), got \(5,\)"),
+        ({"next_observations": np.zeros((6, 4))}, ValueError, r"next_observations must have shape \(6, 3\)"),
         ({"observations": np.zeros((6, 2, 2))}, ValueError, r"observations must be flat, \(n, s\)"),
-        ({"terminated": np.zeros(5, bool)}, ValueError, r"expected terminated of shape \(6,\), got \(5,\)"),
+        ({"terminated": np.zeros(5, bool)}, ValueError, r"terminated must have shape \(6,\), got \(5,\)"),
         ({"terminated": np.linspace(0, 1, 6)}, ValueError, "booleans or zeros and ones"),
         ({"actions": np.zeros((6, 2), np.int64)}, TypeError, "actions must be continuous, got torch.int64"),
         ({"actions": np.zeros(6, np.int64)}, TypeError, "actions must be continuous"),

@@ -1,13 +1,15 @@
 """The PRDC experiment: arms share their log, the paper preset reads the published formats, a killed run resumes bit-identically."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from poise.core.lab import ArmResult, Run
+from poise.core.lab import Run
 from poise.core.lab.errors import BadInput
+from poise.core.lab.rehearsal import check_resume, figures, rehearse
 from poise.rl import evaluate
 from poise.rl.experiments import prdc as experiment
 from poise.rl.experiments.prdc import ARMS, EXPERIMENT, TASK_ARMS
@@ -19,13 +21,7 @@ LINE = {"line_steps": 4, "line_logged": 100, "line_hidden": (16, 16), "line_batc
 QUICK = replace(EXPERIMENT.presets["quick"], **TINY, **LINE, horizon=20, logged=450, **LOGS)
 NO_OTHERS = {"hopper_steps": 250, "line_steps": 0}
 TASK_METRICS = {"return", "distance", "q", "neighbour_share", "overestimation"}
-
-
-def train(config, arm, folder, **arguments):
-    run = Run.scratch(folder / arm, **arguments)
-    metrics = EXPERIMENT.run(config, arm, run)
-    assert all(np.isfinite(value) for value in metrics.values())
-    return ArmResult(arm, metrics, run.dir)
+train = partial(rehearse, EXPERIMENT)
 
 
 def test_every_arm_learns_and_all_are_compared(tmp_path):
@@ -37,7 +33,7 @@ def test_every_arm_learns_and_all_are_compared(tmp_path):
     for claim in EXPERIMENT.claims:
         assert "quick" not in claim.presets or claim.metric in results[claim.arm].metrics
     EXPERIMENT.compare(QUICK, results, Run.scratch(tmp_path / "compare"))
-    drawn = {path.name for path in (tmp_path / "compare" / "figures").iterdir()}
+    drawn = figures(tmp_path / "compare")
     logs = {f"{log}_{kind}.png" for log in ("mixed", "narrow", "hopper") for kind in ("curves", "values")}
     assert drawn == logs | {"line.png"}
     assert len({results[arm].metrics["behaviour"] for arm in TASK_ARMS}) == 1, "one log for all arms"
@@ -115,28 +111,8 @@ def test_paper_preset_says_what_is_wrong_with_its_data(tmp_path):
 
 
 @pytest.mark.parametrize("arm", ["baseline", "prdc"])
-def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path, monkeypatch):
-    monkeypatch.setattr("poise.core.lab.run.CHECKPOINT_SECONDS", 0.0)
-    whole = train(QUICK, arm, tmp_path / "whole")
-
-    class KilledError(Exception):
-        pass
-
-    evaluated, calls = experiment.evaluate, []
-
-    def killed(*arguments, **options):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KilledError
-        return evaluated(*arguments, **options)
-
-    monkeypatch.setattr(experiment, "evaluate", killed)
-    with pytest.raises(KilledError):
-        train(QUICK, arm, tmp_path / "killed")
-    monkeypatch.setattr(experiment, "evaluate", evaluated)
-    resumed = train(QUICK, arm, tmp_path / "killed")
-    assert resumed.metrics == whole.metrics
-    assert (resumed.dir / "metrics.jsonl").read_bytes() == (whole.dir / "metrics.jsonl").read_bytes()
+def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path):
+    check_resume(EXPERIMENT, QUICK, arm, tmp_path, kill=(experiment, "evaluate", 3))
 
 
 @pytest.mark.slow

@@ -143,9 +143,9 @@ def test_bad_input_is_refused():
     for reward in (np.nan, np.inf):
         with pytest.raises(ValueError, match="finite"):
             buffer.add(at(0, 0), at(0), reward, at(0, 1), **end)
-    with pytest.raises(ValueError, match="observation of shape"):
+    with pytest.raises(ValueError, match="observation must have shape"):
         buffer.add(at(0), at(0), 0.0, at(0, 1), **end)
-    with pytest.raises(ValueError, match="action of shape"):
+    with pytest.raises(ValueError, match="action must have shape"):
         buffer.add(at(0, 0), 0, 0.0, at(0, 1), **end)
     with pytest.raises(TypeError, match="FlattenObservation"):
         ReplayBuffer(20, Dict({"a": STATE}), ACTION)

@@ -31,8 +31,9 @@ def straight_through(hard: Float[Tensor, "*shape"], soft: Float[Tensor, "*shape"
     Raises:
         ValueError: the shapes differ.
 
-    Source: Bengio, Léonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013,
-        section 4, arXiv 1308.3432.
+    Source:
+        Bengio, Léonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013, section 4, arXiv
+        1308.3432.
     """
     if hard.shape != soft.shape:
         raise ValueError(f"hard and soft must have the same shape, got {tuple(hard.shape)} and {tuple(soft.shape)}")
@@ -119,8 +120,9 @@ def gumbel_softmax(
     Raises:
         ValueError: the temperature is not positive, ``noise`` has another shape, or both noise and generator are given.
 
-    Source: Jang, Gu and Poole, "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017, eq. 2; Maddison, Mnih
-        and Teh, "The Concrete Distribution", ICLR 2017.
+    Source:
+        Jang, Gu and Poole, "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017, eq. 2; Maddison, Mnih and Teh, "The
+        Concrete Distribution", ICLR 2017.
     """
     _check_temperature(temperature)
     draw = _noise(logits, noise, generator, gumbel_noise)
@@ -151,7 +153,8 @@ def gumbel_sigmoid(
     Raises:
         ValueError: the temperature is not positive, ``noise`` has another shape, or both noise and generator are given.
 
-    Source: Maddison, Mnih and Teh, "The Concrete Distribution", ICLR 2017, appendix B.
+    Source:
+        Maddison, Mnih and Teh, "The Concrete Distribution", ICLR 2017, appendix B.
     """
     _check_temperature(temperature)
     draw = _noise(logits, noise, generator, logistic_noise)
@@ -187,8 +190,8 @@ class HardConcrete(nn.Module):
     Raises:
         ValueError: ``keep`` is outside (0, 1), the temperature is not positive, or [0, 1] is not inside (low, high).
 
-    Source: Louizos, Welling and Kingma, "Learning Sparse Neural Networks through L0 Regularization", ICLR 2018,
-        section 2.2, eq. 10-13.
+    Source:
+        Louizos, Welling and Kingma, "Learning Sparse Neural Networks through L0 Regularization", ICLR 2018, section 2.2, eq. 10-13.
     """
 
     def __init__(
@@ -203,7 +206,7 @@ class HardConcrete(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 < keep < 1:
-            raise ValueError(f"keep must lie between 0 and 1, got {keep}")
+            raise ValueError(f"keep must lie in (0, 1), got {keep}")
         _check_temperature(temperature)
         if not (low < 0 and high > 1):
             raise ValueError(f"[0, 1] must lie inside the stretched interval (low, high), got ({low}, {high})")
@@ -270,7 +273,7 @@ def topk_mask(
         return topk_mask(scores.flatten(), k, largest=largest).view(scores.shape)
     size = scores.size(dim)
     if not 0 <= k <= size:
-        raise ValueError(f"k must lie between 0 and {size}, the size of dimension {dim}, got {k}")
+        raise ValueError(f"k must lie in 0..{size}, the size of dimension {dim}, got {k}")
     if k in (0, size):
         return torch.full_like(scores, k > 0, dtype=torch.bool)
     values = scores.detach().nan_to_num(nan=-math.inf if largest else math.inf, posinf=math.inf, neginf=-math.inf)
@@ -313,7 +316,8 @@ def topk_gate(scores: Float[Tensor, "*shape"], k: int, *, dim: int | None = -1) 
     Raises:
         ValueError: ``k`` is negative or larger than the dimension.
 
-    Source: Ramanujan et al., "What's Hidden in a Randomly Weighted Neural Network?", CVPR 2020, section 3.2.
+    Source:
+        Ramanujan et al., "What's Hidden in a Randomly Weighted Neural Network?", CVPR 2020, section 3.2.
     """
     return straight_through(topk_mask(scores, k, dim=dim).to(scores.dtype), scores)
 

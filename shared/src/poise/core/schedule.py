@@ -61,7 +61,8 @@ class Cosine:
 class GaussianRamp:
     """The Gaussian ramp-up ``end * exp(-5 (1 - t)^2)``, t from 0 to 1 over ``steps``; it starts at ``0.0067 * end``.
 
-    Source: Laine and Aila, "Temporal Ensembling for Semi-Supervised Learning", ICLR 2017, section 2.1 and appendix A.
+    Source:
+        Laine and Aila, "Temporal Ensembling for Semi-Supervised Learning", ICLR 2017, section 2.1 and appendix A.
     """
 
     end: float

@@ -1,6 +1,6 @@
 r"""Pairs of distributions whose optimal map for the squared Euclidean cost is known, and the error of a map on them.
 
-Korotin et al., Do Neural Optimal Transport Solvers Work? A Continuous Wasserstein-2 Benchmark, NeurIPS 2021, arXiv 2106.01954. The
+Korotin et al., "Do Neural Optimal Transport Solvers Work? A Continuous Wasserstein-2 Benchmark", NeurIPS 2021, arXiv 2106.01954. The
 source is a mixture of 3 Gaussians in d = 2 to 256 dimensions; the target is its image under ``grad psi`` for a convex ``psi`` that
 is close to mapping it to mixtures of 10. By Brenier's theorem ``grad psi`` is the optimal map, so a learned map has an error:
 

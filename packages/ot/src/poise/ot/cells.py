@@ -126,7 +126,7 @@ def _single_file(path: Path) -> Path:
         return path
     files = sorted(path.glob("*.h5ad"))
     if len(files) != 1:
-        raise FileNotFoundError(f"expected one .h5ad file in {path}, found {len(files)}")
+        raise FileNotFoundError(f"expected one .h5ad file in {path}, got {len(files)}")
     return files[0]
 
 
@@ -180,7 +180,7 @@ def _truths(column: np.ndarray, name: str) -> np.ndarray:
     control = np.isin(words, YES)
     strange = ~control & ~np.isin(words, NO)
     if strange.any():
-        raise ValueError(f"the column {name!r} must say which cells are controls, found {words[strange][0]!r}")
+        raise ValueError(f"the column {name!r} must say which cells are controls, got {words[strange][0]!r}")
     return control
 
 

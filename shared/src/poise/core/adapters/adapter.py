@@ -55,7 +55,7 @@ class AdaptedLayer(AdaptedModule):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         if layer_kind(base) is None or isinstance(base, AdaptedModule):
-            raise TypeError(f"expected a Linear, Conv2d or Conv1D layer, got {type(base).__name__}")
+            raise TypeError(f"base must be a Linear, Conv2d or Conv1D layer, got {type(base).__name__}")
         self.base = base
         self.deltas = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ class AdaptedLayer(AdaptedModule):
         """
         self._require_unmerged("add a delta")
         if name in self.deltas or "." in name or not name:
-            raise ValueError(f"expected a new name without dots, got {name!r}; the layer has {list(self.deltas)}")
+            raise ValueError(f"name must be new and without dots, got {name!r}; the layer has {list(self.deltas)}")
         with torch.no_grad():
             change, weight = delta.matrix(), weight_matrix(self.base)
         if change.shape != weight.shape:

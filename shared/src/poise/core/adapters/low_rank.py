@@ -56,7 +56,8 @@ def rank_for_ratio(in_features: int, out_features: int, ratio: float) -> int:
     Warns:
         UserWarning: the ratio is so small that r exceeds the full rank, which is returned.
 
-    Source: Guo et al., CVPR 2024, on low-rank approximation.
+    Source:
+        Guo et al., CVPR 2024, on low-rank approximation.
     """
     if in_features < 1 or out_features < 1:
         raise ValueError(f"a layer has at least one input and output, got {in_features} and {out_features}")
@@ -99,13 +100,14 @@ def low_rank_factorize(
         TypeError: the weight is not of a floating-point type.
         ValueError: it is not a matrix or has entries that are not finite, the rank is out of range, or the method is unknown.
 
-    Source: Guo et al., CVPR 2024, on low-rank approximation; see :func:`poise.core.adapters.svd.truncated_svd`.
+    Source:
+        Guo et al., CVPR 2024, on low-rank approximation; see :func:`poise.core.adapters.svd.truncated_svd`.
     """
     if weight.dim() != 2:
         raise ValueError(f"weight must be a matrix (outputs, inputs), got shape {tuple(weight.shape)}")
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(
-            f"rank must lie between 1 and {min(weight.shape)} for a weight of shape {tuple(weight.shape)}, got {rank}"
+            f"rank must lie in 1..{min(weight.shape)} for a weight of shape {tuple(weight.shape)}, got {rank}"
         )
     if method not in ("svd", "randomized"):
         raise ValueError(f"method must be 'svd' or 'randomized', got {method!r}")
@@ -148,7 +150,7 @@ class LowRankLinear(nn.Sequential):
         dtype: torch.dtype | None = None,
     ) -> None:
         if not 1 <= rank <= min(in_features, out_features):
-            raise ValueError(f"rank must lie between 1 and {min(in_features, out_features)}, got {rank}")
+            raise ValueError(f"rank must lie in 1..{min(in_features, out_features)}, got {rank}")
         super().__init__(
             nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype),
             nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype),
@@ -179,7 +181,7 @@ class LowRankLinear(nn.Sequential):
             ValueError: as for :func:`low_rank_factorize`.
         """
         if not is_linear(linear):
-            raise TypeError(f"expected a Linear layer, got {type(linear).__name__}")
+            raise TypeError(f"linear must be a Linear layer, got {type(linear).__name__}")
         weight, bias = dense_matrix(linear), cast(Tensor | None, linear.bias)
         outputs, inputs = weight.shape
         layer = cls(inputs, outputs, rank, bias is not None, device=weight.device, dtype=weight.dtype)

@@ -59,14 +59,14 @@ class LowRankDelta(Delta):
         super().__init__()
         matrix = weight_matrix(layer)
         if not matrix.is_floating_point():
-            raise TypeError(f"expected a floating-point weight, got {matrix.dtype}")
+            raise TypeError(f"weight must be floating-point, got {matrix.dtype}")
         outputs, inputs = matrix.shape
         start, stop = rows or (0, outputs)
         if not 0 <= start < stop <= outputs:
-            raise ValueError(f"rows must be start and stop within 0 .. {outputs}, got {rows}")
+            raise ValueError(f"rows must be start and stop within 0..{outputs}, got {rows}")
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(stop - start, inputs):
             raise ValueError(
-                f"r must lie between 1 and {min(stop - start, inputs)} for a weight of {stop - start} x {inputs}, got {rank}"
+                f"r must lie in 1..{min(stop - start, inputs)} for a weight of {stop - start} x {inputs}, got {rank}"
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")

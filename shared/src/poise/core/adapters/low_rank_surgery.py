@@ -155,7 +155,8 @@ def apply_low_rank(
         ValueError: the ratio is not positive or leaves a layer no rank; a pattern in ``skip`` matches nothing; the model is a Linear
             layer itself; or there is nothing to factorise.
 
-    Source: Guo et al., CVPR 2024, on low-rank approximation, and the authors' code.
+    Source:
+        Guo et al., CVPR 2024, on low-rank approximation, and the authors' code.
     """
     if is_linear(model):
         raise ValueError("the model is a Linear layer itself: use LowRankLinear.from_linear")

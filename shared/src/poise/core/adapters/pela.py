@@ -60,7 +60,8 @@ def feature_distillation_loss(student: Features, teacher: Features) -> Float[Ten
         TypeError: a feature is not of a floating-point type, or only one of the two is a mapping.
         ValueError: there is none, or numbers, names or shapes differ.
 
-    Source: Guo et al., CVPR 2024, on feature distillation.
+    Source:
+        Guo et al., CVPR 2024, on feature distillation.
     """
     named = isinstance(student, Mapping), isinstance(teacher, Mapping)
     if named[0] != named[1]:
@@ -116,7 +117,8 @@ def weight_perturbation_loss(pairs: Iterable[Pair], eps: float = 0.0) -> Float[T
     Raises:
         TypeError, ValueError: as for :func:`largest_weight_changes`; or ``eps`` is negative.
 
-    Source: Guo et al., CVPR 2024, on the regularization of weight perturbation.
+    Source:
+        Guo et al., CVPR 2024, on the regularization of weight perturbation.
     """
     if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps}")

@@ -52,7 +52,8 @@ class PelaTrainer:
         ValueError: student and teacher share parameters, as they do when the surgery was done in place; they have no features of
             the same names; or as for :class:`WeightPerturbation`.
 
-    Source: Guo et al., CVPR 2024.
+    Source:
+        Guo et al., CVPR 2024.
     """
 
     def __init__(

@@ -46,10 +46,13 @@ def singular_change(
         ValueError: the shapes differ, k is out of range, or ``match`` is unknown.
         ModuleNotFoundError: ``match="hungarian"`` without SciPy.
 
-    Source: Cao 2024, section 3. How the two sides are averaged is not stated there; here both count half.
+    Source:
+        Cao 2024, section 3. How the two sides are averaged is not stated there; here both count half.
     """
     if before.shape != after.shape:
-        raise ValueError(f"expected weights of one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
+        raise ValueError(
+            f"before and after must have the same shape, got {tuple(before.shape)} and {tuple(after.shape)}"
+        )
     if match not in ("index", "hungarian"):
         raise ValueError(f"match must be 'index' or 'hungarian', got {match!r}")
     old, new = truncated_svd(before, k), truncated_svd(after, k)

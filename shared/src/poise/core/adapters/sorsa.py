@@ -63,7 +63,8 @@ class SorsaDelta(LowRankDelta):
         ValueError: an argument is out of range.
         TypeError: not a layer that can be adapted.
 
-    Source: Cao 2024, section 4; that the decomposition is made in at least float32 is a correction of the released code.
+    Source:
+        Cao 2024, section 4; that the decomposition is made in at least float32 is a correction of the released code.
     """
 
     def __init__(

@@ -42,7 +42,8 @@ def sorsa_lora_config(
         ValueError: r or alpha is not positive.
         ModuleNotFoundError: peft is not installed.
 
-    Source: the layers are registered by peft's interface for layers of one's own.
+    Source:
+        the layers are registered by peft's interface for layers of one's own.
     """
     if r < 1:
         raise ValueError(f"r must be at least 1, got {r}")

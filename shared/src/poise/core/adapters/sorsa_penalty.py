@@ -49,7 +49,8 @@ def orthonormal_penalty(
         ValueError: ``dim`` is unknown, or ``matrix`` has fewer than two dimensions.
         TypeError: ``matrix`` is not of a floating-point type.
 
-    Source: Cao 2024, section 4; the norm is not squared in the released code.
+    Source:
+        Cao 2024, section 4; the norm is not squared in the released code.
     """
     if dim not in ("rows", "cols"):
         raise ValueError(f"dim must be 'rows' or 'cols', got {dim!r}")
@@ -66,7 +67,8 @@ def sorsa_penalty(model: nn.Module, squared: bool = False) -> Float[Tensor, ""]:
     Raises:
         ValueError: the model has no SORSA layers.
 
-    Source: Cao 2024, section 4; the mean over matrices is that of the released code.
+    Source:
+        Cao 2024, section 4; the mean over matrices is that of the released code.
     """
     groups = list(_stacks(model))
     # One batched product for all matrices of a shape.
@@ -101,7 +103,8 @@ class SorsaRegularizer(Penalty):
         ValueError: the model has no SORSA layers, the mode is unknown, or ``lr`` is missing, not positive, or given without use.
         TypeError: gamma is neither a number nor a schedule.
 
-    Source: Cao 2024, section 4, the update rule.
+    Source:
+        Cao 2024, section 4, the update rule.
     """
 
     def __init__(
@@ -116,7 +119,7 @@ class SorsaRegularizer(Penalty):
         if mode not in ("loss", "decoupled"):
             raise ValueError(f"mode must be 'loss' or 'decoupled', got {mode!r}")
         if mode == "loss" and not (lr is not None and lr > 0):
-            raise ValueError(f"the mode 'loss' needs lr, the highest learning rate, above 0; got {lr}")
+            raise ValueError(f"the mode 'loss' needs a positive lr, the highest learning rate, got {lr}")
         if mode == "decoupled" and lr is not None:
             raise ValueError("the mode 'decoupled' does not use lr: leave it out")
         list(_stacks(model))  # says if there is nothing to regularize

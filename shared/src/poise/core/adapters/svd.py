@@ -56,11 +56,12 @@ def truncated_svd(
         TypeError: the matrix is not of a floating-point type.
         ValueError: the rank is out of range, an entry is not finite, or the method is unknown.
 
-    Source: randomized: Halko, Martinsson and Tropp, SIAM Review 2011, algorithms 4.4 and 5.1.
+    Source:
+        randomized: Halko, Martinsson and Tropp, SIAM Review 2011, algorithms 4.4 and 5.1.
     """
     if not 1 <= rank <= min(matrix.shape):
         raise ValueError(
-            f"rank must lie between 1 and {min(matrix.shape)} for a matrix of shape {tuple(matrix.shape)}, got {rank}"
+            f"rank must lie in 1..{min(matrix.shape)} for a matrix of shape {tuple(matrix.shape)}, got {rank}"
         )
     if method not in ("exact", "randomized"):
         raise ValueError(f"svd must be 'exact' or 'randomized', got {method!r}")

@@ -187,7 +187,7 @@ def weight_matrix(module: nn.Module) -> Shaped[Tensor, "outputs inputs"]:
     """
     kind = layer_kind(module)
     if kind is None:
-        raise TypeError(f"expected a Linear, Conv2d or Conv1D layer, got {type(module).__name__}")
+        raise TypeError(f"module must be a Linear, Conv2d or Conv1D layer, got {type(module).__name__}")
     weight = cast(Tensor, module.weight)
     return weight.mT if kind == "conv1d" else weight.flatten(1)
 

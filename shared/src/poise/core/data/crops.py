@@ -52,7 +52,7 @@ def photograph_crops(
     """
     _check_shares(left, gap)
     if not 0 < scale[0] <= scale[1]:
-        raise ValueError(f"scale must be (least, largest), both above 0, got {scale}")
+        raise ValueError(f"scale must be (least, largest), both positive, got {scale}")
     pictures = photographs(names)
 
     def cut(part: str, count: int, start: float, stop: float) -> Dataset:

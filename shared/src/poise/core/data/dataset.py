@@ -47,12 +47,10 @@ class Dataset:
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets):
             raise ValueError(f"{self.name}: {len(self.inputs)} inputs but {len(self.targets)} targets")
-        if (
-            self.classes
-            and len(self)
-            and not 0 <= int(self.targets.min()) <= int(self.targets.max()) < len(self.classes)
-        ):
-            raise ValueError(f"{self.name}: targets must lie in 0 .. {len(self.classes) - 1}")
+        if self.classes and len(self):
+            least, most = int(self.targets.min()), int(self.targets.max())
+            if not 0 <= least <= most < len(self.classes):
+                raise ValueError(f"{self.name}: targets must lie in 0..{len(self.classes) - 1}, got {least} to {most}")
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -148,7 +148,7 @@ def _made(
             raise TypeError("params and settings go with the class of an optimizer, but got an optimizer that has them")
         return optimizer
     if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
-        raise TypeError(f"expected an optimizer or a class of optimizers, got {optimizer!r}")
+        raise TypeError(f"optimizer must be an optimizer or a class of optimizers, got {optimizer!r}")
     if params is None:
         raise TypeError(f"{optimizer.__name__} is a class: give the parameters to make it for")
     make = cast(Callable[..., Optimizer], optimizer)

@@ -18,6 +18,7 @@ Presets:
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -25,18 +26,9 @@ from torch import Tensor, nn
 
 from poise.core.data import mnist5k
 from poise.core.experiments.elr_measures import Progress, epochs_figure
-from poise.core.experiments.noisy_labels import (
-    Batches,
-    Noise,
-    all_logits,
-    indexed_batches,
-    noisy,
-    part,
-    percent,
-    predictor,
-)
+from poise.core.experiments.noisy_labels import Noise, all_logits, indexed_batches, noisy, part, percent, predictor
 from poise.core.experiments.published_images import ImageSplit, InMemory, read_cifar, steps_per_epoch
-from poise.core.experiments.resnets import resnet
+from poise.core.experiments.resnets import Channels, resnet
 from poise.core.gpu import derive_generator
 from poise.core.lab import ArmResult, Claim, Experiment, Run
 from poise.core.labels.elr import ELRLoss, detect_label_errors
@@ -50,6 +42,8 @@ ARMS = {
     "elr": "ELR",
     "elr_plus": "ELR+: two networks, weight averages, mixup",
 }
+CIFAR = Channels((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+"""With the deviations that are common in code for CIFAR-10."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +116,9 @@ CIFAR10 = Config(
 )
 
 
+# Data and networks
+
+
 def load(config: Config, run: Run) -> tuple[ImageSplit, Tensor]:
     """Training images with their true labels, test images, and the labels to learn from; the same for all arms of a seed."""
     if config.data == "cifar":
@@ -141,7 +138,7 @@ def load(config: Config, run: Run) -> tuple[ImageSplit, Tensor]:
 def build(config: Config, classes: int, dropout: float = 0.0) -> nn.Sequential:
     """The network, for images in [0, 1]."""
     if config.data == "cifar":
-        network = resnet(34, classes, "small", mean=(0.4914, 0.4822, 0.4465), deviation=(0.2023, 0.1994, 0.2010))
+        network = resnet(34, classes, "small", CIFAR)
         head = network.get_submodule("head")
         assert isinstance(head, nn.Sequential)
         head.insert(len(head) - 1, nn.Dropout(dropout))
@@ -155,6 +152,9 @@ def build(config: Config, classes: int, dropout: float = 0.0) -> nn.Sequential:
         nn.Dropout(dropout),
         nn.Linear(128, classes),
     )
+
+
+# Training
 
 
 def train(config: Config, arm: str, run: Run, split: ImageSplit, labels: Tensor) -> Progress:
@@ -175,7 +175,7 @@ def train(config: Config, arm: str, run: Run, split: ImageSplit, labels: Tensor)
     for step in run.steps(count, **state):
         epoch, place = divmod(step, per_epoch)
         set_rate(optimizer, learning_rate(config, epoch))
-        batches = batches or batches_from(step, count, config, run, images)
+        batches = batches or indexed_batches(images, config.batch, range(step, count), run)
         inputs, index = next(batches)
         logits = network(inputs)
         loss = criterion(logits, given[index], index)
@@ -224,7 +224,7 @@ def train_plus(config: Config, run: Run, split: ImageSplit, labels: Tensor) -> P
         turn, place = divmod(step, per_epoch)
         epoch, student = divmod(turn, 2)
         set_rate(optimizers[student], learning_rate_plus(config, epoch))
-        batches = batches or batches_from(step, count, config, run, images)
+        batches = batches or indexed_batches(images, config.batch, range(step, count), run)
         inputs, index = next(batches)
         mix = draw_mix(len(index), config.alpha, derive_generator(run.seed, "mix", step))
         loss = trainer.loss(student, inputs, given[index], index, mix)
@@ -239,6 +239,30 @@ def train_plus(config: Config, run: Run, split: ImageSplit, labels: Tensor) -> P
     live = percent(all_logits(lambda x: trainer(x, "live"), split.test, run.device).argmax(1) == split.test.labels)
     run.save("members", live=torch.tensor(live))
     return progress
+
+
+def sgd(network: nn.Module, config: Config, weight_decay: float) -> torch.optim.SGD:
+    return torch.optim.SGD(network.parameters(), lr=config.learning_rate, momentum=0.9, weight_decay=weight_decay)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def learning_rate(config: Config, epoch: int) -> float:
+    """Of all arms but ELR+."""
+    if config.schedule == "restarts":
+        return 1e-3 + (config.learning_rate - 1e-3) * (1 + math.cos(math.pi * (epoch % 10) / 10)) / 2
+    return config.learning_rate * 0.01 ** sum(epoch >= milestone for milestone in config.milestones)
+
+
+def learning_rate_plus(config: Config, epoch: int) -> float:
+    """Of ELR+."""
+    return config.learning_rate * 0.1 ** sum(epoch >= milestone for milestone in config.milestones_plus)
+
+
+# Measuring
 
 
 def run(config: Config, arm: str, run: Run) -> dict[str, float]:
@@ -266,33 +290,11 @@ def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
     run.figure("arms", epochs_figure({arm: result.load("history") for arm, result in results.items()}))
 
 
-def batches_from(step: int, count: int, config: Config, run: Run, images: InMemory) -> Batches:
-    """The batches of the steps from this one, the first of a new or of a resumed run, on."""
-    return indexed_batches(
-        images, config.batch, range(step, count), seed=run.seed, device=run.device, rank=run.rank, world=run.world
-    )
+# Claims
 
-
-def sgd(network: nn.Module, config: Config, weight_decay: float) -> torch.optim.SGD:
-    return torch.optim.SGD(network.parameters(), lr=config.learning_rate, momentum=0.9, weight_decay=weight_decay)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def learning_rate(config: Config, epoch: int) -> float:
-    """Of all arms but ELR+."""
-    if config.schedule == "restarts":
-        return 1e-3 + (config.learning_rate - 1e-3) * (1 + math.cos(math.pi * (epoch % 10) / 10)) / 2
-    return config.learning_rate * 0.01 ** sum(epoch >= milestone for milestone in config.milestones)
-
-
-def learning_rate_plus(config: Config, epoch: int) -> float:
-    """Of ELR+."""
-    return config.learning_rate * 0.1 ** sum(epoch >= milestone for milestone in config.milestones_plus)
-
+PAPER = "Liu et al. 2020"
+mechanism = partial(Claim, arm="elr", kind="mechanism")
+outcome = partial(Claim, arm="elr", kind="outcome")
 
 EXPERIMENT = Experiment(
     method="core/elr",
@@ -318,70 +320,57 @@ EXPERIMENT = Experiment(
     run=run,
     compare=compare,
     claims=(
-        Claim(
+        mechanism(
             metric="memorized",
-            arm="elr",
             direction="lower",
-            kind="mechanism",
             margin=3.0,
             scale="ratio",
-            source="section 3 and figure 1: the memorization of wrong labels is prevented",
+            source=f"{PAPER}, section 3 and figure 1: the memorization of wrong labels is prevented",
             note="Share of the wrong training labels that are predicted after the last epoch.",
         ),
-        Claim(
+        mechanism(
             metric="recalled",
-            arm="elr",
             versus=None,
             direction="higher",
-            kind="mechanism",
             margin=85.0,
-            source="section 4.3: the targets recover the true labels",
+            source=f"{PAPER}, section 4.3: the targets recover the true labels",
             note="Mislabelled examples whose remembered class is the true one, in percent.",
         ),
-        Claim(
+        mechanism(
             metric="gradients_on_wrong_labels",
-            arm="elr",
             versus=None,
             direction="lower",
-            kind="mechanism",
-            source="section 4.2: on wrong labels the regularizer cancels the gradient of the cross-entropy",
+            source=f"{PAPER}, section 4.2: on wrong labels the regularizer cancels the gradient of the cross-entropy",
             note="Mean inner product of the two logit gradients after the first third of training.",
         ),
-        Claim(
+        mechanism(
             metric="gradients_on_right_labels",
-            arm="elr",
             versus=None,
             direction="higher",
-            kind="mechanism",
-            source="section 4.2: on right labels the regularizer adds to the gradient of the cross-entropy",
+            source=f"{PAPER}, section 4.2: on right labels the regularizer adds to the gradient of the cross-entropy",
             note="The same mean over the examples whose label is right. gradients_on_remembered_labels leaves out the few of them that "
             "the target contradicts.",
         ),
-        Claim(
+        outcome(
             metric="last_accuracy",
-            arm="elr",
             direction="higher",
-            kind="outcome",
             margin=10.0,
-            source="tables 1 and 2: test accuracy above that of cross-entropy",
+            source=f"{PAPER}, tables 1 and 2: test accuracy above that of cross-entropy",
         ),
-        Claim(
+        outcome(
             metric="accuracy_lost",
-            arm="elr",
             versus=None,
             direction="lower",
-            kind="outcome",
             margin=3.0,
-            source="figure 1: accuracy does not fall after the early phase",
+            source=f"{PAPER}, figure 1: accuracy does not fall after the early phase",
             note="Best minus last test accuracy, in points.",
         ),
-        Claim(
+        outcome(
             metric="last_accuracy",
             arm="elr_plus",
             direction="higher",
-            kind="outcome",
             margin=10.0,
-            source="tables 1 to 3: ELR+ above cross-entropy",
+            source=f"{PAPER}, tables 1 to 3: ELR+ above cross-entropy",
         ),
     ),
 )

@@ -1,6 +1,6 @@
 r"""Softmax collapse and perpGrad: why does a network that fits modular addition not learn to add, and what makes it learn?
 
-Prieto, Barsbey, Mediano and Birdal, Grokking at the Edge of Numerical Stability, ICLR 2025, arXiv 2501.04697.
+Prieto, Barsbey, Mediano and Birdal, "Grokking at the Edge of Numerical Stability", ICLR 2025, arXiv 2501.04697.
 
 A bias-free perceptron sees 40 % of all sums modulo p and is tested on the rest. Full batch, no regularization except in the arms that
 are about one; the order of the rows is drawn anew in every step, because rounding depends on it.
@@ -40,7 +40,7 @@ class Arm:
     """What an arm changes.
 
     Attributes:
-        what: in words.
+        text: what it is.
         loss: the loss.
         precision: the type to which the logits are cast for the loss.
         perp: whether the optimizer is wrapped in perpGrad.
@@ -49,7 +49,7 @@ class Arm:
         remedy: the regularization, if the arm has one.
     """
 
-    what: str
+    text: str
     loss: Literal["softmax", "stablemax", "squared"] = "softmax"
     precision: torch.dtype = torch.float32
     perp: bool = False
@@ -58,23 +58,23 @@ class Arm:
     remedy: Literal["", "weight_decay", "l1", "alpha"] = ""
 
 
-ARMS = {
-    "baseline": Arm(what="AdamW without weight decay, softmax cross-entropy in float32", long=True),
-    "perp_grad": Arm(what="the same with perpGrad", perp=True),
-    "perp_grad_unscaled": Arm(what="perpGrad without giving the gradient its norm back", perp=True, rescale=False),
-    "stablemax": Arm(what="StableMax cross-entropy in float64", loss="stablemax", precision=torch.float64, long=True),
-    "softmax_float16": Arm(what="softmax cross-entropy in float16", precision=torch.float16),
-    "softmax_float64": Arm(what="softmax cross-entropy in float64", precision=torch.float64, long=True),
-    "weight_decay": Arm(what="decoupled weight decay", remedy="weight_decay"),
-    "l1": Arm(what="L1 penalty on the weights", remedy="l1"),
-    "small_output": Arm(what="output scaled by a small alpha", remedy="alpha"),
-    "squared_error": Arm(what="mean squared error to one-hot labels", loss="squared"),
+SETUPS = {
+    "baseline": Arm(text="AdamW without weight decay, softmax cross-entropy in float32", long=True),
+    "perp_grad": Arm(text="the same with perpGrad", perp=True),
+    "perp_grad_unscaled": Arm(text="perpGrad without giving the gradient its norm back", perp=True, rescale=False),
+    "stablemax": Arm(text="StableMax cross-entropy in float64", loss="stablemax", precision=torch.float64, long=True),
+    "softmax_float16": Arm(text="softmax cross-entropy in float16", precision=torch.float16),
+    "softmax_float64": Arm(text="softmax cross-entropy in float64", precision=torch.float64, long=True),
+    "weight_decay": Arm(text="decoupled weight decay", remedy="weight_decay"),
+    "l1": Arm(text="L1 penalty on the weights", remedy="l1"),
+    "small_output": Arm(text="output scaled by a small alpha", remedy="alpha"),
+    "squared_error": Arm(text="mean squared error to one-hot labels", loss="squared"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
-    """Settings.
+class Config:
+    """Settings; the defaults are those of the ``quick`` preset.
 
     Attributes:
         task: modular arithmetic, or the parity of 3 of 43 bits.
@@ -92,7 +92,7 @@ class Study:
         weight_decay: of the arm ``weight_decay``.
         l1: weight of the arm ``l1``.
         alpha: output scale of the arm ``small_output``; its learning rate is divided by the square.
-        log_every: steps between measurements; the numbers of steps are multiples of it.
+        measure_every: steps between measurements; the numbers of steps are multiples of it.
     """
 
     task: Literal["modular", "parity"] = "modular"
@@ -110,33 +110,33 @@ class Study:
     weight_decay: float = 1.0
     l1: float = 1e-5
     alpha: float = 0.5
-    log_every: int = 25
+    measure_every: int = 25
 
     def __post_init__(self) -> None:
-        if self.steps % self.log_every or self.long_steps % self.log_every or self.long_steps < self.steps:
+        if self.steps % self.measure_every or self.long_steps % self.measure_every or self.long_steps < self.steps:
             raise ValueError(
-                f"steps and long_steps must be multiples of log_every, and long_steps not below steps, "
-                f"got {self.steps}, {self.long_steps} and {self.log_every}"
+                f"steps and long_steps must be multiples of measure_every, and long_steps not below steps, "
+                f"got {self.steps}, {self.long_steps} and {self.measure_every}"
             )
 
 
 # Data and networks
 
 
-def samples(config: Study, generator: torch.Generator) -> Split:
+def samples(config: Config, generator: torch.Generator) -> Split:
     if config.task == "parity":
         return SparseParity(n_parity=3, n_noise=40, n_samples=2_000).split(config.train_fraction, generator)
     return modular(config).split(config.train_fraction, generator)
 
 
-def modular(config: Study) -> ModularArithmetic:
+def modular(config: Config) -> ModularArithmetic:
     """The transformer's residues start at 1, as in the authors' data."""
     if config.network == "transformer":
         return ModularArithmetic(config.p, config.op, encoding="index", start=1)
     return ModularArithmetic(config.p, config.op)
 
 
-def network(config: Study, alpha: float) -> nn.Module:
+def network(config: Config, alpha: float) -> nn.Module:
     if config.network == "transformer":
         return AlgorithmicTransformer(config.p, alpha=alpha)
     inputs, outputs = (43, 2) if config.task == "parity" else (2 * config.p, config.p)
@@ -157,59 +157,59 @@ def squared_error(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Te
 LOSSES: dict[str, Loss] = {"softmax": F.cross_entropy, "stablemax": stablemax_cross_entropy, "squared": squared_error}
 
 
-def optimizer_of(config: Study, arm: Arm, model: nn.Module, alpha: float) -> torch.optim.Optimizer:
+def optimizer_of(config: Config, setup: Arm, model: nn.Module, alpha: float) -> torch.optim.Optimizer:
     adamw = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate / alpha**2,
-        betas=(0.9, config.stablemax_beta2 if arm.loss == "stablemax" else config.beta2),
+        betas=(0.9, config.stablemax_beta2 if setup.loss == "stablemax" else config.beta2),
         eps=config.adam_eps,
-        weight_decay=config.weight_decay if arm.remedy == "weight_decay" else 0.0,
+        weight_decay=config.weight_decay if setup.remedy == "weight_decay" else 0.0,
     )
-    return PerpGrad(adamw, rescale=arm.rescale) if arm.perp else adamw
+    return PerpGrad(adamw, rescale=setup.rescale) if setup.perp else adamw
 
 
-def run(config: Study, name: str, run: Run) -> dict[str, float]:
+def run(config: Config, arm: str, run: Run) -> dict[str, float]:
     """Train and measure one arm."""
-    arm = ARMS[name]
-    alpha = config.alpha if arm.remedy == "alpha" else 1.0
+    setup = SETUPS[arm]
+    alpha = config.alpha if setup.remedy == "alpha" else 1.0
     data = samples(config, run.generator).to(run.device)
     model = network(config, alpha)
-    model, optimizer = run.prepare(model.to(run.device), optimizer_of(config, arm, model, alpha))
+    model, optimizer = run.prepare(model.to(run.device), optimizer_of(config, setup, model, alpha))
     plain = run.accelerator.unwrap_model(model)
-    loss_of, steps = LOSSES[arm.loss], config.long_steps if arm.long else config.steps
-    curves = {key: torch.zeros(steps // config.log_every + 1, dtype=torch.float64) for key in figures.CURVES}
+    loss_of, steps = LOSSES[setup.loss], config.long_steps if setup.long else config.steps
+    curves = {key: torch.zeros(steps // config.measure_every + 1, dtype=torch.float64) for key in figures.CURVES}
 
     # One step more than asked for: each measurement comes before the update of its step.
     for step in run.steps(steps + 1, model=model, optimizer=optimizer, curves=curves):
         order = torch.randperm(len(data.x_train), generator=run.generator).to(run.device)
         x, y = data.x_train[order], data.y_train[order]
-        loss = loss_of(model.train()(x).to(arm.precision), y)
-        penalty = config.l1 * sum(map(l1, plain.parameters())) if arm.remedy == "l1" else 0.0
+        loss = loss_of(model.train()(x).to(setup.precision), y)
+        penalty = config.l1 * sum(map(l1, plain.parameters())) if setup.remedy == "l1" else 0.0
         optimizer.zero_grad()
         run.backward(loss + penalty)
-        if step % config.log_every == 0:
-            measured = measure(arm, plain, x, y, data)
+        if step % config.measure_every == 0:
+            measured = measure(setup, plain, x, y, data)
             for key, value in measured.items():
-                curves[key][step // config.log_every] = value
+                curves[key][step // config.measure_every] = value
             run.log(step, loss=loss, **measured)
         optimizer.step()
 
-    run.save("curves", step=torch.arange(0, steps + 1, config.log_every), **curves)
+    run.save("curves", step=torch.arange(0, steps + 1, config.measure_every), **curves)
     if config.task == "modular":
         run.save("table", right=right_answers(config, plain.eval(), run.device))
-    run.figure("curves", figures.curves(arm.what, config.log_every, curves))
-    return summary(config, arm, curves)
+    run.figure("curves", figures.curves(setup.text, config.measure_every, curves))
+    return summary(config, setup, curves)
 
 
 # Measuring
 
 
-def measure(arm: Arm, model: nn.Module, x: Tensor, y: Tensor, data: Split) -> dict[str, float]:
+def measure(setup: Arm, model: nn.Module, x: Tensor, y: Tensor, data: Split) -> dict[str, float]:
     """Fit, alignment and collapse; the gradient that training just took is in ``grad``, the rest is without dropout."""
     weights = list(model.parameters())
     cosine, gradient = nlm_cosine(weights), torch.cat([w.grad.flatten() for w in weights if w.grad is not None])
     logits = model.eval()(x)
-    losses = LOSSES[arm.loss](logits.to(arm.precision), y, reduction="none")
+    losses = LOSSES[setup.loss](logits.to(setup.precision), y, reduction="none")
     top = logits.detach().topk(2).values
     with torch.no_grad():
         test_accuracy = (model(data.x_test).argmax(-1) == data.y_test).double().mean()
@@ -220,9 +220,9 @@ def measure(arm: Arm, model: nn.Module, x: Tensor, y: Tensor, data: Split) -> di
         "weight_norm": torch.stack([w.detach().norm() for w in weights]).norm(),
         "margin": (top[:, 0] - top[:, 1]).mean(),
         "gradient_norm": gradient.double().norm(),
-        "collapsed": softmax_collapse_fraction(logits, arm.precision),
+        "collapsed": softmax_collapse_fraction(logits, setup.precision),
         "zero_loss": zero_loss_fraction(losses),
-        "fidelity": fidelity(LOSSES[arm.loss], logits, y, arm.precision, weights),
+        "fidelity": fidelity(LOSSES[setup.loss], logits, y, setup.precision, weights),
     }
     return {key: float(value) for key, value in measured.items()}
 
@@ -237,26 +237,26 @@ def fidelity(loss_of: Loss, logits: Tensor, y: Tensor, precision: torch.dtype, w
 
 
 @torch.no_grad()
-def right_answers(config: Study, model: nn.Module, device: torch.device) -> Tensor:
+def right_answers(config: Config, model: nn.Module, device: torch.device) -> Tensor:
     """Which entries of the whole table of the operation the network knows."""
     inputs, labels = modular(config).table()
     known = model(inputs.to(device)).argmax(-1).cpu() == labels
     return known.reshape(config.p - modular(config).start, -1)
 
 
-def summary(config: Study, arm: Arm, curves: dict[str, Tensor]) -> dict[str, float]:
+def summary(config: Config, setup: Arm, curves: dict[str, Tensor]) -> dict[str, float]:
     """The metrics of an arm. A step that never came counts as the number of steps taken."""
-    here = config.steps // config.log_every
+    here = config.steps // config.measure_every
     at_steps = ("train_accuracy", "test_accuracy", "nlm_cosine", "weight_norm", "margin")
     metrics = {key: float(curves[key][here]) for key in at_steps} | {
-        "grok_step": first(curves["test_accuracy"][: here + 1] > 0.95) * config.log_every,
+        "grok_step": first(curves["test_accuracy"][: here + 1] > 0.95) * config.measure_every,
         "final_test_accuracy": float(curves["test_accuracy"][-1]),
         "zero_loss": float(curves["zero_loss"].max()),
         "gradient_left": float(curves["gradient_norm"].min() / curves["gradient_norm"][0]),
         "fidelity": float(curves["fidelity"].min()),
     }
-    if arm.loss == "softmax" and (arm.long or arm.precision != torch.float32):
-        metrics["collapse_step"] = first(curves["collapsed"] > 0.5) * config.log_every
+    if setup.loss == "softmax" and (setup.long or setup.precision != torch.float32):
+        metrics["collapse_step"] = first(curves["collapsed"] > 0.5) * config.measure_every
     return metrics
 
 
@@ -265,10 +265,12 @@ def first(hits: Tensor) -> float:
     return float(hits.double().argmax()) if hits.any() else len(hits) - 1.0
 
 
-def compare(config: Study, results: Mapping[str, ArmResult], run: Run) -> None:
+def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
     """The figure across arms."""
     run.figure("grokking", figures.grokking(config.steps, results))
 
+
+# Claims
 
 PAPER = "Prieto et al. 2025"
 outcome = partial(Claim, kind="outcome", metric="test_accuracy", direction="higher", margin=0.5)
@@ -277,23 +279,31 @@ mechanism = partial(Claim, kind="mechanism", presets=("quick", "precision"))
 EXPERIMENT = Experiment(
     method="core/grokking-stability",
     presets={
-        "quick": Study(),
-        "paper": Study(p=113, steps=5_000, long_steps=100_000, log_every=50),
-        "precision": Study(p=113, steps=20_000, long_steps=20_000, log_every=500, learning_rate=5e-4, adam_eps=1e-30),
-        "transformer": Study(
+        "quick": Config(),
+        "paper": Config(p=113, steps=5_000, long_steps=100_000, measure_every=50),
+        "precision": Config(
+            p=113, steps=20_000, long_steps=20_000, measure_every=500, learning_rate=5e-4, adam_eps=1e-30
+        ),
+        "transformer": Config(
             p=113,
             network="transformer",
             steps=5_000,
             long_steps=5_000,
             learning_rate=1e-3,
             weight_decay=1.5,
-            log_every=100,
+            measure_every=100,
         ),
-        "parity": Study(
-            task="parity", bias=True, train_fraction=0.5, steps=5_000, long_steps=100_000, adam_eps=1e-18, log_every=100
+        "parity": Config(
+            task="parity",
+            bias=True,
+            train_fraction=0.5,
+            steps=5_000,
+            long_steps=100_000,
+            adam_eps=1e-18,
+            measure_every=100,
         ),
     },
-    arms={name: arm.what for name, arm in ARMS.items()},
+    arms={name: setup.text for name, setup in SETUPS.items()},
     run=run,
     compare=compare,
     claims=(

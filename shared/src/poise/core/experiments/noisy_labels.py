@@ -1,5 +1,4 @@
-"""What experiments on label noise share: the noise of a preset, training batches that say which examples they hold, and how much
-of the noise a network has learnt by heart."""
+"""What experiments on labels share: the noise of a preset, and training batches that say which examples they hold."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from poise.core.experiments.published_images import Images, InMemory, evaluation_batches, training_batches
 from poise.core.gpu import derive_generator
+from poise.core.lab import Run
 from poise.core.labels.noise import CIFAR10_CONFUSIONS, asymmetric_noise, confusions, next_in_group, symmetric_noise
 
 Noise = Literal["symmetric", "asymmetric"]
@@ -54,11 +54,11 @@ class Numbered:
         return self.images.read(rows, augment)
 
 
-def indexed_batches(
-    images: Images, batch: int, steps: range, *, seed: int, device: torch.device, rank: int, world: int
-) -> Batches:
+def indexed_batches(images: Images, batch: int, steps: range, run: Run) -> Batches:
     """Augmented images and their numbers in the data set, for these steps."""
-    return training_batches(Numbered(images), batch, steps, seed=seed, device=device, rank=rank, world=world)
+    return training_batches(
+        Numbered(images), batch, steps, seed=run.seed, device=run.device, rank=run.rank, world=run.world
+    )
 
 
 @torch.no_grad()

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poise.core.data import mnist5k
 from poise.core.experiments import orthogonal_conv_figures as figures
 from poise.core.experiments.attacks import accuracy, attacked_batches
+from poise.core.experiments.image_data import ImageData, load_images
 from poise.core.experiments.orthogonal_conv_landscape import landscape
 from poise.core.experiments.orthogonal_conv_measures import (
     Trained,
@@ -44,14 +44,11 @@ from poise.core.experiments.orthogonal_conv_measures import (
 from poise.core.experiments.published_images import (
     Images,
     ImageSplit,
-    InMemory,
     evaluation_batches,
-    read_cifar,
-    read_image_folders,
     steps_per_epoch,
     training_batches,
 )
-from poise.core.experiments.resnets import Standardize, convolution, resnet
+from poise.core.experiments.resnets import CIFAR, IMAGENET, Standardize, convolution, resnet
 from poise.core.lab import ArmResult, Claim, Experiment, Run
 from poise.core.weights.orthogonal_conv import OrthogonalRegularizer, kernel_orth_loss
 
@@ -66,10 +63,6 @@ ARMS = {
 }
 SHARES = {"baseline": 0.0, "faint": 1e-3, "light": 1e-2, "medium": 1e-1, "strong": 1.0, "kernel": 1.0}
 """The part of the largest lambda that each arm uses."""
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CIFAR = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-"""Mean and standard deviation of the channels."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,7 @@ class Config:
         landscape_starts: random kernels per size.
     """
 
-    data: Literal["mnist", "cifar", "folders"] = "mnist"
+    data: ImageData = "mnist"
     size: int = 224
     network: Literal["plain", "allconv", "resnet18", "resnet34", "resnet50"] = "plain"
     padding_mode: Literal["circular", "zeros"] = "circular"
@@ -132,19 +125,13 @@ class Config:
 
 def load(config: Config, run: Run) -> ImageSplit:
     """The images, the same for all arms of a seed."""
-    if config.data == "cifar":
-        return run.load(read_cifar)
-    if config.data == "folders":
-        return run.load(partial(read_image_folders, size=config.size))
-    train, test = mnist5k().split(test=config.test, seed=run.seed)
-    parts = train.split(test=config.train, seed=run.seed).test, test
-    return ImageSplit(*(InMemory(F.avg_pool2d(part.inputs, 2), part.targets, part.classes) for part in parts))
+    return load_images(config.data, run, train=config.train, test=config.test, size=config.size, halved=True)
 
 
 def build(config: Config, classes: int) -> nn.Sequential:
     """A network that takes images in [0, 1]; its convolutions are initialised as its source says."""
     conv = partial(nn.Conv2d, kernel_size=3, padding=1, padding_mode=config.padding_mode)
-    mean, deviation = IMAGENET if config.data == "folders" else CIFAR
+    channels = IMAGENET if config.data == "folders" else CIFAR
     if config.network == "plain":
         return nn.Sequential(
             *(conv(1, 16), MaxMin(), conv(16, 16), MaxMin(), conv(16, 32, stride=2), MaxMin(), conv(32, 32), MaxMin()),
@@ -154,10 +141,10 @@ def build(config: Config, classes: int) -> nn.Sequential:
         sizes = [(3, 96, 3, 1), (96, 96, 3, 1), (96, 96, 3, 2), (96, 192, 3, 1), (192, 192, 3, 1), (192, 192, 3, 2)]
         sizes += [(192, 192, 3, 1), (192, 192, 1, 1), (192, classes, 1, 1)]
         layers = [layer for size in sizes for layer in (convolution(*size, config.padding_mode), nn.ReLU())]
-        return nn.Sequential(Standardize(mean, deviation), *layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(Standardize(channels), *layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
     large: Literal["small", "large"] = "large" if config.data == "folders" else "small"
     depth = int(config.network.removeprefix("resnet"))
-    return resnet(depth, classes, large, mean=mean, deviation=deviation, padding_mode=config.padding_mode)
+    return resnet(depth, classes, large, channels, padding_mode=config.padding_mode)
 
 
 class MaxMin(nn.Module):
@@ -277,6 +264,8 @@ def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
         run.figure("effect", figures.effect(trained, strengths, config.radii))
         run.figure("scalability", figures.scalability(trained, config.factors))
 
+
+# Claims
 
 PAPER = "Achour, Malgouyres and Mamalet 2022"
 

@@ -126,7 +126,7 @@ def problem_of(config: Config, run: Run) -> Problem:
     return digit_problem(config, run)
 
 
-# The intermediate stage
+# Training
 
 
 def repair(config: Config, arm: str, run: Run, problem: Problem, student: nn.Module, name: str) -> None:

@@ -121,7 +121,8 @@ def settings(network: nn.Module) -> Any:
 def mixed(x: Tensor, target: Tensor, mixup: float, cutmix: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mixup or CutMix of a batch with itself in reverse order, each half of the time where both are on.
 
-    Source: Touvron et al., "Training data-efficient image transformers", ICML 2021, table 9.
+    Source:
+        Touvron et al., "Training data-efficient image transformers", ICML 2021, table 9.
     """
     cut, at = torch.rand(2, generator=generator).tolist()
     use_cutmix = cutmix > 0 and (mixup == 0 or cut < 0.5)

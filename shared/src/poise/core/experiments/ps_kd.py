@@ -21,24 +21,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poise.core.data import mnist5k
+from poise.core.experiments.image_data import ImageData, load_images
 from poise.core.experiments.noisy_labels import Batches, all_logits, indexed_batches, percent, predictor
 from poise.core.experiments.ps_kd_measures import Gradients, reliability_figure
-from poise.core.experiments.published_images import (
-    Images,
-    ImageSplit,
-    InMemory,
-    read_cifar,
-    read_image_folders,
-    steps_per_epoch,
-)
-from poise.core.experiments.resnets import resnet
+from poise.core.experiments.published_images import Images, ImageSplit, steps_per_epoch
+from poise.core.experiments.resnets import IMAGENET, Channels, resnet
 from poise.core.gpu import derive_generator
 from poise.core.lab import ArmResult, Claim, Experiment, Run
 from poise.core.labels.calibration import aurc, eaurc, expected_calibration_error, negative_log_likelihood
@@ -54,6 +46,7 @@ ARMS = {
     "cutmix": "cross-entropy, half of the batches with CutMix",
     "cutmix_ps_kd": "PS-KD, half of the batches with CutMix",
 }
+CIFAR100 = Channels((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
 
 
 @dataclass(frozen=True)
@@ -76,11 +69,11 @@ class Config:
         epochs: passes over the training images.
         batch: images per step.
         learning_rate: of SGD with Nesterov's momentum 0.9.
-        milestones: parts of the run after which the learning rate is divided by 10.
+        milestones: shares of the run after which the learning rate is divided by 10.
         weight_decay: of SGD.
     """
 
-    data: Literal["mnist", "cifar", "folders"] = "mnist"
+    data: ImageData = "mnist"
     size: int = 224
     depth: int = 18
     alpha_T: float = 0.8
@@ -99,28 +92,28 @@ class Config:
     weight_decay: float = 5e-4
 
 
+# Data and networks
+
+
 def load(config: Config, run: Run) -> ImageSplit:
     """The images, the same for all arms of a seed."""
-    if config.data == "cifar":
-        return run.load(read_cifar)
-    if config.data == "folders":
-        return run.load(partial(read_image_folders, size=config.size))
-    split = mnist5k().split(test=config.test, seed=run.seed)
-    train = split.train.split(test=config.train, seed=run.seed).test
-    return ImageSplit(InMemory.of(train), InMemory.of(split.test))
+    return load_images(config.data, run, train=config.train, test=config.test, size=config.size)
 
 
 def build(config: Config, classes: int) -> nn.Sequential:
     """The network, for images in [0, 1]."""
     if config.data == "cifar":
-        return resnet(config.depth, classes, "small", mean=(0.507, 0.487, 0.441), deviation=(0.267, 0.256, 0.276))
+        return resnet(config.depth, classes, "small", CIFAR100)
     if config.data == "folders":
-        return resnet(config.depth, classes, "large", mean=(0.485, 0.456, 0.406), deviation=(0.229, 0.224, 0.225))
+        return resnet(config.depth, classes, "large", IMAGENET)
     layers: list[nn.Module] = []
     for number, (inputs, outputs) in enumerate(itertools.pairwise((1, *config.widths))):
         stride = 2 if number < 2 else 1
         layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(7 * 7 * config.widths[-1], classes))
+
+
+# Training
 
 
 def run(config: Config, arm: str, run: Run) -> dict[str, float]:
@@ -190,11 +183,12 @@ def loss_of(config: Config, arm: str, examples: int, classes: int) -> PSKDLoss:
     )
 
 
+# Augmentation
+
+
 def batches_from(step: int, count: int, config: Config, images: Images, run: Run) -> Batches:
     """Augmented images and their numbers, from this step, the first of a new or of a resumed run, on."""
-    batches = indexed_batches(
-        images, config.batch, range(step, count), seed=run.seed, device=run.device, rank=run.rank, world=run.world
-    )
+    batches = indexed_batches(images, config.batch, range(step, count), run)
     if not (config.degrees or config.shift):
         return batches
     return augmented(batches, step, config, run)
@@ -234,11 +228,20 @@ def cut_and_mix(images: Tensor, probability: float, generator: torch.Generator) 
     return mixed, Mix(partner, 1 - (bottom - top) * (right - left) / (height * width))
 
 
+# Figures
+
+
 def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
     """Reliability of all arms."""
     stored = {arm: result.load("predictions") for arm, result in results.items()}
     run.figure("arms", reliability_figure({arm: (each["probs"], each["labels"]) for arm, each in stored.items()}))
 
+
+# Claims
+
+PAPER = "Kim et al. 2021"
+mechanism = partial(Claim, arm="ps_kd", kind="mechanism")
+outcome = partial(Claim, arm="ps_kd", kind="outcome", presets=("quick", "augmented"))
 
 EXPERIMENT = Experiment(
     method="core/ps-kd",
@@ -264,84 +267,62 @@ EXPERIMENT = Experiment(
     run=run,
     compare=compare,
     claims=(
-        Claim(
+        mechanism(
             metric="gradient_ratio_error",
-            arm="ps_kd",
             versus=None,
             direction="lower",
-            kind="mechanism",
             margin=1e-5,
-            source="section 3.2: the gradient is rescaled by the gain in confidence",
+            source=f"{PAPER}, section 3.2: the gradient is rescaled by the gain in confidence",
             note="Largest distance from 1 - a (1 - P_gt) / (1 - p_gt) over the training images, in the middle epoch.",
         ),
-        Claim(
+        mechanism(
             metric="gradient_gain_correlation",
-            arm="ps_kd",
             versus=None,
             direction="lower",
-            kind="mechanism",
-            source="section 3.2: an example that became more certain is damped more",
+            source=f"{PAPER}, section 3.2: an example that became more certain is damped more",
             note="Spearman correlation of the ratio of gradient norms with p_gt - P_gt.",
         ),
-        Claim(
+        mechanism(
             metric="hard_share_gain",
-            arm="ps_kd",
             versus=None,
             direction="higher",
-            kind="mechanism",
-            source="abstract: hard examples are mined",
+            source=f"{PAPER}, abstract: hard examples are mined",
             note="What the hardest quarter holds of the summed gradient norm, minus that under cross-entropy at the same weights.",
         ),
-        Claim(
+        mechanism(
             metric="last_target_max",
-            arm="ps_kd",
             direction="lower",
-            kind="mechanism",
-            source="section 3.1: targets become softer as the weight grows",
+            source=f"{PAPER}, section 3.1: targets become softer as the weight grows",
         ),
-        Claim(
+        outcome(
             metric="ece_percent",
-            arm="ps_kd",
             direction="lower",
-            kind="outcome",
-            presets=("quick", "augmented"),
-            source="table 2: calibration error below that of cross-entropy",
+            source=f"{PAPER}, table 2: calibration error below that of cross-entropy",
         ),
-        Claim(
+        outcome(
             metric="nll",
-            arm="ps_kd",
             direction="lower",
-            kind="outcome",
-            presets=("quick", "augmented"),
-            source="table 2: likelihood above that of cross-entropy",
+            source=f"{PAPER}, table 2: likelihood above that of cross-entropy",
         ),
-        Claim(
+        outcome(
             metric="aurc_x1000",
-            arm="ps_kd",
             versus="label_smoothing",
             direction="lower",
-            kind="outcome",
-            presets=("quick", "augmented"),
-            source="table 2: confidences ordered better than with label smoothing",
+            source=f"{PAPER}, table 2: confidences ordered better than with label smoothing",
         ),
-        Claim(
+        outcome(
             metric="accuracy",
-            arm="ps_kd",
             direction="higher",
-            kind="outcome",
-            presets=("quick", "augmented"),
             margin=-0.5,
-            source="table 2: accuracy at least that of cross-entropy",
+            source=f"{PAPER}, table 2: accuracy at least that of cross-entropy",
             note="At most half a point worse.",
         ),
-        Claim(
+        outcome(
             metric="nll",
             arm="cutmix_ps_kd",
             versus="cutmix",
             direction="lower",
-            kind="outcome",
-            presets=("quick", "augmented"),
-            source="abstract: adds to existing regularizers",
+            source=f"{PAPER}, abstract: adds to existing regularizers",
         ),
     ),
 )

@@ -268,7 +268,7 @@ class _Steps(data.Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         epoch, place = divmod(step, steps_per_epoch(self.images, self.batch))
-        order = _order(len(self.images.labels), self.seed, epoch)
+        order = visiting_order(self.seed, epoch, len(self.images.labels))
         rows = order[place * self.batch : (place + 1) * self.batch][self.rank :: self.world]
         augment = derive_generator(self.seed, "augment", step, self.rank)
         return self.images.read(rows.tolist(), augment), self.images.labels[rows]
@@ -335,7 +335,8 @@ def evaluation_batches(images: Images, batch: int, device: torch.device, count: 
 
 
 @lru_cache(maxsize=2)
-def _order(count: int, seed: int, epoch: int) -> Int[Tensor, " images"]:
+def visiting_order(seed: int, epoch: int, count: int) -> Int[Tensor, " count"]:
+    """The order in which an epoch visits its examples; the same for all arms of a seed."""
     return torch.randperm(count, generator=derive_generator(seed, "order", epoch))
 
 

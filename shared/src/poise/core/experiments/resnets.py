@@ -5,7 +5,7 @@ taps and stride 1, and there is no pooling after it, as is usual for CIFAR.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -21,15 +21,27 @@ LAYOUTS: dict[int, tuple[tuple[int, ...], bool]] = {
 """Blocks of the four stages, and whether they are bottlenecks, by depth."""
 
 
+class Channels(NamedTuple):
+    """Mean and standard deviation of the channels of a data set's images in [0, 1]."""
+
+    mean: Sequence[float]
+    deviation: Sequence[float]
+
+
+AS_THEY_ARE = Channels((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+CIFAR = Channels((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+IMAGENET = Channels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
 class Standardize(nn.Module):
     """Subtract the mean of each channel and divide by its standard deviation, so that a network takes images in [0, 1]."""
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
+    def __init__(self, channels: Channels) -> None:
         super().__init__()
-        for name, values in (("mean", mean), ("deviation", deviation)):
+        for name, values in channels._asdict().items():
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
@@ -66,9 +78,8 @@ def resnet(
     depth: int,
     classes: int,
     images: Literal["small", "large"],
+    channels: Channels = AS_THEY_ARE,
     *,
-    mean: Sequence[float] = (0.0, 0.0, 0.0),
-    deviation: Sequence[float] = (1.0, 1.0, 1.0),
     padding_mode: Boundary = "zeros",
 ) -> nn.Sequential:
     """A residual network with the parts ``stem``, ``stages`` and ``head``.
@@ -77,8 +88,7 @@ def resnet(
         depth: 18, 34 or 50.
         classes: outputs.
         images: up to about 64 x 64, or larger.
-        mean: of each channel of the images in [0, 1].
-        deviation: standard deviation likewise.
+        channels: mean and standard deviation of each channel of the images in [0, 1].
         padding_mode: boundaries of the convolutions, as PyTorch names them.
 
     Raises:
@@ -89,7 +99,7 @@ def resnet(
     counts, bottleneck = LAYOUTS[depth]
     small = images == "small"
     stem: list[nn.Module] = [
-        convolution(len(mean), 64, *((3, 1) if small else (7, 2)), padding_mode),
+        convolution(len(channels.mean), 64, *((3, 1) if small else (7, 2)), padding_mode),
         nn.BatchNorm2d(64),
     ]
     stem += [nn.ReLU()] if small else [nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)]
@@ -104,7 +114,7 @@ def resnet(
         stages.append(nn.Sequential(*blocks))
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
     network = nn.Sequential()
-    network.add_module("standardize", Standardize(mean, deviation))
+    network.add_module("standardize", Standardize(channels))
     network.add_module("stem", nn.Sequential(*stem))
     network.add_module("stages", nn.Sequential(*stages))
     network.add_module("head", head)

@@ -68,7 +68,7 @@ class Config:
         warmup: share of the steps in which the learning rate rises.
         clip: the gradient's greatest norm; 0 for no limit.
         window: the loss around this step is what ``start_loss`` is the mean of, 20 steps.
-        every: steps between two measures of the weights; 0 for none.
+        measure_every: steps between two measures of the weights; 0 for none.
         equal_loss: training loss at which the arms' weights are compared.
         pretraining: steps on the sideways digits.
         test: test images.
@@ -95,7 +95,7 @@ class Config:
     warmup: float = 0.0
     clip: float = 0.0
     window: int = 50
-    every: int = 5
+    measure_every: int = 5
     equal_loss: float = 0.5
     pretraining: int = 600
     test: int = 1_000
@@ -107,11 +107,7 @@ class Config:
     problems: int = 0
 
 
-def rate_of(config: Config, arm: str) -> float:
-    """The arm's highest learning rate."""
-    return {"baseline": config.lora_rate, "pissa": config.pissa_rate, "full": config.full_rate}.get(
-        arm, config.sorsa_rate
-    )
+# Data and networks
 
 
 def load(config: Config, run: Run) -> Task:
@@ -132,10 +128,13 @@ def load(config: Config, run: Run) -> Task:
     return digits_task(run, pretraining=config.pretraining, test=config.test, batch=config.micro_batch)
 
 
+# Training
+
+
 def run(config: Config, arm: str, run: Run) -> dict[str, float]:
     """Tune one arm and measure it."""
     task = load(config, run)
-    before = measures.original_weights(task.model, task.targets) if config.every else {}
+    before = measures.original_weights(task.model, task.targets) if config.measure_every else {}
     network = adapt(task, arm, config.rank, config.svd, run)
     singular_values = {name: delta.s.detach().clone() for name, delta in sorsa_deltas(network).items()}
     rate, regularizer = rate_of(config, arm), penalty_of(config, arm, network)
@@ -144,7 +143,7 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
     model, optimizer = run.prepare(network, optimizer)
 
     losses = torch.zeros(config.steps, dtype=torch.float64)
-    history = torch.zeros(config.steps // config.every if config.every else 0, 3, dtype=torch.float64)
+    history = torch.zeros(config.steps // config.measure_every if config.measure_every else 0, 3, dtype=torch.float64)
     weights = {name: parameter.data for name, parameter in network.named_parameters() if parameter.requires_grad}
     state = {"weights": weights, "optimizer": optimizer, "losses": losses, "history": history}
     if regularizer is not None:
@@ -172,8 +171,8 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
         losses[step] = total
         if step % 10 == 0:
             run.log(step, loss=total)
-        if config.every and (step + 1) % config.every == 0:
-            history[step // config.every] = measured(config, task, unwrap(model), before)
+        if config.measure_every and (step + 1) % config.measure_every == 0:
+            history[step // config.measure_every] = measured(config, task, unwrap(model), before)
 
     tuned = unwrap(model).eval()
     near = slice(max(0, config.window - 10), config.window + 10)
@@ -183,7 +182,7 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
         "trained": float(sum(parameter.numel() for parameter in trained)),
         **task.judge(tuned),
     }
-    if config.every:
+    if config.measure_every:
         after = measures.effective_weights(tuned, before)
         metrics["delta_sigma"], metrics["delta_direction"] = measures.mean_change(before, after, config.rank)
         equal = measures.at_equal_loss(history, config.equal_loss)
@@ -202,12 +201,22 @@ def penalty_of(config: Config, arm: str, network: nn.Module) -> SorsaRegularizer
     return SorsaRegularizer(network, config.gamma, mode="decoupled") if arm == "sorsa_decoupled" else None
 
 
+def rate_of(config: Config, arm: str) -> float:
+    """The arm's highest learning rate."""
+    return {"baseline": config.lora_rate, "pissa": config.pissa_rate, "full": config.full_rate}.get(
+        arm, config.sorsa_rate
+    )
+
+
 def share_of_rate(config: Config, step: int) -> float:
     """The part of the highest learning rate that is used at a step."""
     if config.schedule == "constant":
         return 1.0
     rise = max(1, round(config.warmup * config.steps))
     return (step + 1) / rise if step < rise else Cosine(1.0, 0.0, config.steps - rise, delay=rise)(step)
+
+
+# Measuring
 
 
 def measured(config: Config, task: Task, net: nn.Module, before: measures.Weights) -> Tensor:
@@ -223,9 +232,11 @@ def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
     """Training loss and change of the weights, all arms in one figure each."""
     courses = {arm: result.load("course") for arm, result in results.items()}
     run.figure("loss", measures.curves({arm: course["losses"] for arm, course in courses.items()}, ARMS))
-    if config.every:
+    if config.measure_every:
         run.figure("change", measures.changes({arm: course["history"] for arm, course in courses.items()}, ARMS))
 
+
+# Claims
 
 PAPER = "Cao 2024"
 DIGITS = ("quick", "one-rate")
@@ -272,7 +283,7 @@ EXPERIMENT = Experiment(
             steps=150,
             batch=16,
             micro_batch=16,
-            every=0,
+            measure_every=0,
         ),
         "paper": Config(
             data="math",
@@ -288,7 +299,7 @@ EXPERIMENT = Experiment(
             schedule="cosine",
             warmup=0.03,
             clip=1.0,
-            every=0,
+            measure_every=0,
             tokens=512,
         ),
     },

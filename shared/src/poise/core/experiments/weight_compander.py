@@ -18,26 +18,22 @@ Presets:
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poise.core.data import mnist5k
 from poise.core.experiments import weight_compander_figures as figures
+from poise.core.experiments.image_data import ImageData, load_images
 from poise.core.experiments.published_images import (
     Images,
     ImageSplit,
-    InMemory,
     evaluation_batches,
-    read_cifar,
-    read_image_folders,
     steps_per_epoch,
     training_batches,
 )
-from poise.core.experiments.resnets import resnet
+from poise.core.experiments.resnets import CIFAR, IMAGENET, resnet
 from poise.core.lab import ArmResult, Claim, Experiment, Run
 from poise.core.weights.weight_compander import (
     apply_weight_compander,
@@ -92,7 +88,7 @@ class Config:
         workers: processes that read images ahead.
     """
 
-    data: Literal["mnist", "cifar", "folders"] = "mnist"
+    data: ImageData = "mnist"
     size: int = 224
     network: Literal["perceptron", "convolutions", "resnet18", "resnet34", "resnet50"] = "perceptron"
     widths: tuple[int, ...] = (512, 512)
@@ -116,15 +112,8 @@ class Config:
 
 def load(config: Config, run: Run) -> ImageSplit:
     """The images, the same for all arms of a seed."""
-    if config.data == "cifar":
-        return run.load(read_cifar)
-    if config.data == "folders":
-        return run.load(partial(read_image_folders, size=config.size))
-    train, test = mnist5k().split(test=config.test, seed=run.seed)
-    parts = train.split(test=config.train, seed=run.seed).test, test
-    if config.network == "perceptron":
-        return ImageSplit(*map(InMemory.of, parts))
-    return ImageSplit(*(InMemory(F.avg_pool2d(part.inputs, 2), part.targets, part.classes) for part in parts))
+    halved = config.network != "perceptron"
+    return load_images(config.data, run, train=config.train, test=config.test, size=config.size, halved=halved)
 
 
 def build(config: Config, classes: int, dropout: float) -> nn.Sequential:
@@ -142,8 +131,8 @@ def build(config: Config, classes: int, dropout: float) -> nn.Sequential:
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(config.widths[-1], classes))
     depth = int(config.network.removeprefix("resnet"))
     if config.data == "folders":
-        return resnet(depth, classes, "large", mean=(0.485, 0.456, 0.406), deviation=(0.229, 0.224, 0.225))
-    return resnet(depth, classes, "small", mean=(0.4914, 0.4822, 0.4465), deviation=(0.2470, 0.2435, 0.2616))
+        return resnet(depth, classes, "large", IMAGENET)
+    return resnet(depth, classes, "small", CIFAR)
 
 
 def compand(config: Config, compander: str, net: nn.Module) -> None:
@@ -158,7 +147,7 @@ def compand(config: Config, compander: str, net: nn.Module) -> None:
     apply_weight_compander(net, a=scale, steepness=steepness, learnable=learned)
 
 
-# Training and measuring
+# Training
 
 
 def run(config: Config, arm: str, run: Run) -> dict[str, float]:
@@ -207,6 +196,9 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
     if compander:
         metrics |= bound_metrics(net, config.near_zero)
     return metrics
+
+
+# Measuring
 
 
 def parts_of(arm: str) -> tuple[str, str | None]:

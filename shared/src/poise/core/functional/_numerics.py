@@ -14,7 +14,7 @@ def widen(x: Tensor, name: str) -> Tensor:
         TypeError: ``x`` is not a real floating-point tensor.
     """
     if not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+        raise TypeError(f"{name} must be floating-point, got {x.dtype}")
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

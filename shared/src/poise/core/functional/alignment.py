@@ -35,8 +35,9 @@ def cosine_alignment(x: Float[Tensor, "..."], y: Float[Tensor, "..."], dim: int 
         ValueError: the shapes differ.
         TypeError: ``x`` or ``y`` is not floating-point.
 
-    Source: Chen and He, "Exploring Simple Siamese Representation Learning", CVPR 2021, eq. 1; for hidden states of a
-        denoiser: Yu et al., "Representation Alignment for Generation", ICLR 2025, arXiv 2410.06940.
+    Source:
+        Chen and He, "Exploring Simple Siamese Representation Learning", CVPR 2021, eq. 1; for hidden states of a denoiser: Yu et
+        al., "Representation Alignment for Generation", ICLR 2025, arXiv 2410.06940.
     """
     if x.shape != y.shape:
         raise ValueError(f"x and y must have the same shape, got {tuple(x.shape)} and {tuple(y.shape)}")
@@ -63,8 +64,9 @@ def cross_correlation(
         ValueError: not matrices with the same number of rows, or fewer than two rows.
         TypeError: ``x`` or ``y`` is not floating-point.
 
-    Source: Zbontar et al., "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", ICML 2021, eq. 2, with
-        the features centred as its section 2.1 says.
+    Source:
+        Zbontar et al., "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", ICML 2021, eq. 2, with the features
+        centred as its section 2.1 says.
     """
     unit_x, unit_y = _standardized_pair(x, y)
     with full_precision(unit_x):
@@ -91,9 +93,9 @@ def decorrelation(
         ValueError: not matrices of the same shape, or fewer than two rows.
         TypeError: ``x`` or ``y`` is not floating-point.
 
-    Source: second term of Zbontar et al., "Barlow Twins", ICML 2021, eq. 1; within one set: Cogswell et al.,
-        "Reducing Overfitting in Deep Networks by Decorrelating Representations", ICLR 2016, which uses covariances
-        and a factor 1/2.
+    Source:
+        second term of Zbontar et al., "Barlow Twins", ICML 2021, eq. 1; within one set: Cogswell et al., "Reducing Overfitting in
+        Deep Networks by Decorrelating Representations", ICLR 2016, which uses covariances and a factor 1/2.
     """
     other = x if y is None else y
     if x.shape != other.shape:

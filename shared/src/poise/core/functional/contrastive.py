@@ -44,15 +44,16 @@ def nt_xent(
         ValueError: not two matrices of the same shape, no sample, or a temperature that is not positive.
         TypeError: ``z1`` or ``z2`` is not floating-point.
 
-    Source: Chen, Kornblith, Norouzi and Hinton, "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020,
-        eq. 1.
+    Source:
+        Chen, Kornblith, Norouzi and Hinton, "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, eq.
+        1.
     """
     if z1.ndim != 2 or z1.shape != z2.shape or len(z1) == 0:
         raise ValueError(
             f"z1 and z2 must be (samples, features) of the same shape, got {tuple(z1.shape)} and {tuple(z2.shape)}"
         )
     if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+        raise ValueError(f"temperature must be positive, got {temperature}")
     views = torch.cat([widen(z1, "z1"), widen(z2, "z2")])
     directions = safe_ratio(views, l2(views, 1).unsqueeze(1))
     with full_precision(views):

@@ -44,7 +44,8 @@ def entropy(
         ValueError: ``mask`` does not fit, or leaves a distribution without entries.
         TypeError: ``logits`` is not floating-point, or ``mask`` not boolean.
 
-    Source: Shannon, "A Mathematical Theory of Communication", 1948, section 6.
+    Source:
+        Shannon, "A Mathematical Theory of Communication", 1948, section 6.
     """
     mask = _checked_mask(mask, logits, dim)
     log_p = _log_softmax(logits, mask, dim, "logits")
@@ -72,7 +73,8 @@ def kl_divergence(
         ValueError: the shapes differ, ``mask`` does not fit, or leaves a distribution without entries.
         TypeError: logits are not floating-point, or ``mask`` not boolean.
 
-    Source: Kullback and Leibler, "On Information and Sufficiency", 1951, eq. 2.4.
+    Source:
+        Kullback and Leibler, "On Information and Sufficiency", 1951, eq. 2.4.
     """
     mask = _checked_mask(mask, logits_p, dim)
     _check_same_shape(logits_p, logits_q)
@@ -106,7 +108,8 @@ def js_divergence(
             does not fit, or leaves a distribution without entries.
         TypeError: logits are not floating-point, or ``mask`` not boolean.
 
-    Source: Lin, "Divergence Measures Based on the Shannon Entropy", IEEE Trans. Inf. Theory 1991, section V.
+    Source:
+        Lin, "Divergence Measures Based on the Shannon Entropy", IEEE Trans. Inf. Theory 1991, section V.
     """
     if len(logits) < 2:
         raise ValueError(f"give at least two distributions, got {len(logits)}")

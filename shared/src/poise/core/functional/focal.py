@@ -47,8 +47,9 @@ def focal_loss(
             ``reduction`` is unknown.
         TypeError: ``logits`` is not floating-point.
 
-    Source: Lin, Goyal, Girshick, He and Dollar, "Focal Loss for Dense Object Detection", ICCV 2017, eq. 5, with a softmax in the
-        place of the sigmoid.
+    Source:
+        Lin, Goyal, Girshick, He and Dollar, "Focal Loss for Dense Object Detection", ICCV 2017, eq. 5, with a softmax in the place
+        of the sigmoid.
     """
     if logits.ndim < 2 or labels.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(

@@ -35,7 +35,8 @@ def l1(x: Float[Tensor, "..."], dim: Dim = None) -> Float[Tensor, "..."]:
     Raises:
         TypeError: ``x`` is not floating-point.
 
-    Source: the lasso, Tibshirani, "Regression Shrinkage and Selection via the Lasso", JRSS B 1996, eq. 1.
+    Source:
+        the lasso, Tibshirani, "Regression Shrinkage and Selection via the Lasso", JRSS B 1996, eq. 1.
     """
     return widen(x, "x").abs().sum(dim)
 
@@ -53,7 +54,8 @@ def squared_l2(x: Float[Tensor, "..."], dim: Dim = None) -> Float[Tensor, "..."]
     Raises:
         TypeError: ``x`` is not floating-point.
 
-    Source: ridge regression, Hoerl and Kennard, Technometrics 1970.
+    Source:
+        ridge regression, Hoerl and Kennard, Technometrics 1970.
     """
     return widen(x, "x").square().sum(dim)
 
@@ -114,7 +116,8 @@ def group_lasso(
         ValueError: there is no group, a group is empty, or ``weights`` does not fit.
         TypeError: a tensor is not floating-point.
 
-    Source: Yuan and Lin, "Model Selection and Estimation in Regression with Grouped Variables", JRSS B 2006, eq. 2.1.
+    Source:
+        Yuan and Lin, "Model Selection and Estimation in Regression with Grouped Variables", JRSS B 2006, eq. 2.1.
     """
     norms = group_norms(groups)
     if weights is None:
@@ -142,7 +145,8 @@ def hoyer_sparsity(x: Float[Tensor, "..."], dim: Dim = None) -> Float[Tensor, ".
         ValueError: a vector has fewer than two entries.
         TypeError: ``x`` is not floating-point.
 
-    Source: Hoyer, "Non-negative Matrix Factorization with Sparseness Constraints", JMLR 2004, section 3.1.
+    Source:
+        Hoyer, "Non-negative Matrix Factorization with Sparseness Constraints", JMLR 2004, section 3.1.
     """
     dims = range(x.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
     size = math.prod(x.shape[index] for index in dims)
@@ -168,8 +172,9 @@ def hoyer_square(x: Float[Tensor, "..."], dim: Dim = None) -> Float[Tensor, "...
     Raises:
         TypeError: ``x`` is not floating-point.
 
-    Source: the Hoyer-Square regularizer of Yang, Wen and Li, "DeepHoyer: Learning Sparser Neural Network with
-        Differentiable Scale-Invariant Sparsity Measures", ICLR 2020.
+    Source:
+        the Hoyer-Square regularizer of Yang, Wen and Li, "DeepHoyer: Learning Sparser Neural Network with Differentiable
+        Scale-Invariant Sparsity Measures", ICLR 2020.
     """
     return safe_ratio(l1(x, dim).square(), squared_l2(x, dim))
 
@@ -194,7 +199,8 @@ def polarization(scales: Float[Tensor, "..."], t: float = 1.0, order: Literal[1,
         ValueError: ``order`` is neither 1 nor 2, or ``scales`` is empty.
         TypeError: ``scales`` is not floating-point.
 
-    Source: Zhuang et al., "Neuron-level Structured Pruning using Polarization Regularizer", NeurIPS 2020, section 3.
+    Source:
+        Zhuang et al., "Neuron-level Structured Pruning using Polarization Regularizer", NeurIPS 2020, section 3.
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order}")
@@ -223,7 +229,8 @@ def consensus(gates: Float[Tensor, "batch units"]) -> Float[Tensor, ""]:
         ValueError: ``gates`` is not a matrix with entries.
         TypeError: ``gates`` is not floating-point.
 
-    Source: "Learning a Consensus Sub-Network with Polarization Regularization and One Pass Training", arXiv 2302.10798.
+    Source:
+        "Learning a Consensus Sub-Network with Polarization Regularization and One Pass Training", arXiv 2302.10798.
     """
     if gates.ndim != 2 or gates.numel() == 0:
         raise ValueError(f"gates must be a matrix (batch, units) with entries, got shape {tuple(gates.shape)}")

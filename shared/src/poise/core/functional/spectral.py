@@ -40,8 +40,8 @@ def nuclear_norm(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, 
         ValueError: fewer than two dimensions.
         TypeError: ``matrix`` is not floating-point.
 
-    Source: Fazel, "Matrix Rank Minimization with Applications", 2002; subdifferential: Watson, Linear Algebra Appl.
-        1992.
+    Source:
+        Fazel, "Matrix Rank Minimization with Applications", 2002; subdifferential: Watson, Linear Algebra Appl. 1992.
     """
     return _singular_values(matrix).sum(-1)
 
@@ -59,7 +59,8 @@ def stable_rank(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "
         ValueError: fewer than two dimensions.
         TypeError: ``matrix`` is not floating-point.
 
-    Source: Rudelson and Vershynin, "Sampling from Large Matrices", J. ACM 2007, section 1 ("numerical rank").
+    Source:
+        Rudelson and Vershynin, "Sampling from Large Matrices", J. ACM 2007, section 1 ("numerical rank").
     """
     values = _singular_values(matrix)
     return safe_ratio(values, values[..., :1]).square().sum(-1)
@@ -82,7 +83,8 @@ def effective_rank(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor
         ValueError: fewer than two dimensions.
         TypeError: ``matrix`` is not floating-point.
 
-    Source: Roy and Vetterli, "The Effective Rank: a Measure of Effective Dimensionality", EUSIPCO 2007, definition 1.
+    Source:
+        Roy and Vetterli, "The Effective Rank: a Measure of Effective Dimensionality", EUSIPCO 2007, definition 1.
     """
     values = _singular_values(matrix)
     shares = safe_ratio(values, values.sum(-1, keepdim=True))
@@ -113,8 +115,9 @@ def orthonormality(
         ValueError: fewer than two dimensions, or ``along`` is neither of the two.
         TypeError: ``matrix`` is not floating-point.
 
-    Source: Bansal, Chen and Wang, "Can We Gain More from Orthogonality Regularizations", NeurIPS 2018, eq. 1;
-        unsquared: Cao, "SORSA", arXiv 2409.00055.
+    Source:
+        Bansal, Chen and Wang, "Can We Gain More from Orthogonality Regularizations", NeurIPS 2018, eq. 1; unsquared: Cao, "SORSA",
+        arXiv 2409.00055.
     """
     if along not in ("rows", "columns"):
         raise ValueError(f"along must be 'rows' or 'columns', got {along!r}")

@@ -56,9 +56,9 @@ def total_variation(
             spacing that is not positive or not one per dimension.
         TypeError: ``x`` is not floating-point.
 
-    Source: Rudin, Osher and Fatemi, "Nonlinear Total Variation Based Noise Removal Algorithms", Physica D 1992;
-        vectorial: Bresson and Chan, "Fast Dual Minimization of the Vectorial Total Variation Norm", Inverse Problems
-        and Imaging 2008.
+    Source:
+        Rudin, Osher and Fatemi, "Nonlinear Total Variation Based Noise Removal Algorithms", Physica D 1992; vectorial: Bresson and
+        Chan, "Fast Dual Minimization of the Vectorial Total Variation Norm", Inverse Problems and Imaging 2008.
     """
     if kind not in ("isotropic", "anisotropic", "vectorial"):
         raise ValueError(f"kind must be 'isotropic', 'anisotropic' or 'vectorial', got {kind!r}")

@@ -65,7 +65,7 @@ def chunked_map(
 
 
 def backing_off(evaluate: Callable[[int, int], Any], total: int, chunk: int) -> Iterator[Any]:
-    """``evaluate(start, length)`` over ``0 .. total`` in order, in stretches that are halved whenever memory runs out.
+    """``evaluate(start, length)`` over ``0..total`` in order, in stretches that are halved whenever memory runs out.
 
     Args:
         evaluate: computes one stretch. It may be called again, for a shorter stretch, after it failed.

@@ -34,7 +34,7 @@ def seed_everything(seed: int) -> None:
         ValueError: the seed is out of range.
     """
     if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must lie in 0 .. 2**63 - 1, got {seed}")
+        raise ValueError(f"seed must lie in 0..2**63 - 1, got {seed}")
     random.seed(seed)
     set_bit_generator(np.random.MT19937(seed))  # the one behind np.random.rand and the libraries that use it
     torch.manual_seed(seed)

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("methods", metavar="P/METHOD", nargs="*")
     sub.add_argument("--all", action="store_true", help="every installed method")
     sub.add_argument("--package", metavar="P", help="every method of this package")
-    sub.add_argument("--seeds", type=_positive, default=5, metavar="N", help="seeds 0 .. N-1 (default: 5)")
+    sub.add_argument("--seeds", type=_positive, default=5, metavar="N", help="seeds 0..N-1 (default: 5)")
     sub.add_argument("--jobs", type=_positive, metavar="N", help="processes at a time (default: one per core)")
     sub.add_argument("--engine", choices=["local", "ray"], default="local")
     sub.add_argument("--root", type=Path, default=Path("runs/verify"), metavar="DIR", help="where runs are kept")

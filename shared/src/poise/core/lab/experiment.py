@@ -43,7 +43,7 @@ class Claim:
         if self.scale == "ratio" and self.versus is None:
             raise ValueError(f"claim on {self.metric!r}: a ratio needs an arm to compare with")
         if self.scale == "ratio" and self.margin <= 0:
-            raise ValueError(f"claim on {self.metric!r}: the margin of a ratio is a factor above 0, got {self.margin}")
+            raise ValueError(f"claim on {self.metric!r}: the margin of a ratio is a positive factor, got {self.margin}")
 
 
 @dataclass(frozen=True, kw_only=True)

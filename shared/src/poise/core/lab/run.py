@@ -149,7 +149,7 @@ class Run:
     # The loop
 
     def steps(self, count: int, *, name: str = "train", **objects: Any) -> Iterator[int]:
-        """Yield ``0 .. count - 1`` with a progress bar, and keep checkpoints.
+        """Yield ``0..count - 1`` with a progress bar, and keep checkpoints.
 
         After a kill the same call continues where the last checkpoint was, or is skipped when the loop was finished: then
         ``objects`` and all random states are as they were there.

@@ -69,7 +69,7 @@ def verify(
     results: Path | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Verify methods over the seeds ``0 .. seeds - 1``.
+    """Verify methods over the seeds ``0..seeds - 1``.
 
     Args:
         names: full names of the methods.

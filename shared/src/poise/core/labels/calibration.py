@@ -32,7 +32,8 @@ def expected_calibration_error(
     Raises:
         ValueError: there are no examples, their numbers differ, or there is no bin.
 
-    Source: Naeini, Cooper and Hauskrecht, AAAI 2015; Guo et al., ICML 2017, eq. 3.
+    Source:
+        Naeini, Cooper and Hauskrecht, AAAI 2015; Guo et al., ICML 2017, eq. 3.
     """
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
@@ -70,7 +71,8 @@ def aurc(probs: Float[Tensor, "examples classes"], labels: Int[Tensor, " _"]) ->
     Raises:
         ValueError: there are no examples, or their numbers differ.
 
-    Source: Geifman, Uziel and El-Yaniv, "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers", ICLR 2019.
+    Source:
+        Geifman, Uziel and El-Yaniv, "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers", ICLR 2019.
     """
     confidence, right = _confidence(probs, labels)
     # ascending and then reversed, which decides the order of ties as the authors' code does

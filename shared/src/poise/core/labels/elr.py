@@ -55,7 +55,8 @@ def elr_regularizer(
     Raises:
         ValueError: the shapes differ.
 
-    Source: eq. 6 of the paper.
+    Source:
+        eq. 6 of the paper.
     """
     if probs.shape != target.shape:
         raise ValueError(f"target must have the shape of probs, got {tuple(target.shape)} and {tuple(probs.shape)}")

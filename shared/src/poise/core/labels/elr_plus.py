@@ -44,7 +44,8 @@ Members = Literal["averages", "live", "live_and_average"]
 def sigmoid_rampup(step: int, length: int) -> float:
     """``exp(-5 (1 - step/length)^2)`` before ``length`` steps, 1 after them, and 1 if ``length`` is 0.
 
-    Source: Laine and Aila, "Temporal Ensembling for Semi-Supervised Learning", ICLR 2017.
+    Source:
+        Laine and Aila, "Temporal Ensembling for Semi-Supervised Learning", ICLR 2017.
     """
     if length < 0:
         raise ValueError(f"length must not be negative, got {length}")

@@ -52,7 +52,8 @@ def draw_mix(batch: int, alpha: float, generator: torch.Generator, *, own_share_
     Raises:
         ValueError: ``alpha`` is negative.
 
-    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; the maximum: Berthelot et al., "MixMatch",
+    Source:
+        Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; the maximum: Berthelot et al., "MixMatch",
     NeurIPS 2019, eq. 9.
     """
     if alpha < 0:

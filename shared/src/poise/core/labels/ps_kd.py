@@ -50,7 +50,8 @@ def progressive_alpha(alpha_T: float, epoch: int, total_epochs: int, schedule: G
     Raises:
         ValueError: ``alpha_T`` is outside [0, 1], or the epoch outside 0..E-1.
 
-    Source: eq. 7 of the paper, which counts epochs from 1.
+    Source:
+        eq. 7 of the paper, which counts epochs from 1.
     """
     if not 0 <= alpha_T <= 1:
         raise ValueError(f"alpha_T must lie in [0, 1], got {alpha_T}")

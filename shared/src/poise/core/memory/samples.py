@@ -131,7 +131,7 @@ class SampleBank(nn.Module):
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
         if not rows.is_floating_point():
-            raise TypeError(f"rows must be floating to be averaged, got {rows.dtype}")
+            raise TypeError(f"rows must be floating-point to be averaged, got {rows.dtype}")
         where, new = self._gathered(index, rows)
         old = self.storage.read(self._tensors(), where, self.shape)
         self.storage.write(self._tensors(), where, momentum * old + (1 - momentum) * new.to(old.dtype))

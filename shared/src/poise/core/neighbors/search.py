@@ -237,7 +237,7 @@ def _first_k(
 
 def _check_rows(name: str, rows: Tensor) -> None:
     if not rows.is_floating_point():
-        raise TypeError(f"{name} must be floating, got {rows.dtype}")
+        raise TypeError(f"{name} must be floating-point, got {rows.dtype}")
     if rows.ndim != 2:
         raise ValueError(f"{name} must have shape (rows, columns), got {tuple(rows.shape)}")
 
@@ -245,4 +245,4 @@ def _check_rows(name: str, rows: Tensor) -> None:
 def _check_finite(name: str, rows: Tensor) -> None:
     low, high = (bound.item() for bound in rows.aminmax())  # NaN propagates
     if not (low >= -_LIMIT and high <= _LIMIT):
-        raise ValueError(f"{name} must be finite and at most {_LIMIT:g} in magnitude, found {low} to {high}")
+        raise ValueError(f"{name} must be finite and at most {_LIMIT:g} in magnitude, got {low} to {high}")

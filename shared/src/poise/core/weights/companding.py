@@ -90,11 +90,12 @@ def compand(
         ValueError: an unknown kind, a number a or b that is not positive, or a tensor that does not broadcast to v.
         TypeError: v is not floating-point.
 
-    Source: Cakaj, Mehnert and Yang, IJCNN 2023, the reparameterization function.
+    Source:
+        Cakaj, Mehnert and Yang, IJCNN 2023, the reparameterization function.
     """
     shape_of(kind)
     if not v.is_floating_point():
-        raise TypeError(f"v must be a floating-point tensor, got {v.dtype}")
+        raise TypeError(f"v must be floating-point, got {v.dtype}")
     scale_a, scale_b = (_positive(name, value, v) for name, value in (("a", a), ("b", b)))
     companded: Tensor = _Compand.apply(v, scale_a, scale_b, kind)
     return companded
@@ -117,7 +118,7 @@ def compand_inverse(
     """
     shape = shape_of(kind)
     if not w.is_floating_point():
-        raise TypeError(f"w must be a floating-point tensor, got {w.dtype}")
+        raise TypeError(f"w must be floating-point, got {w.dtype}")
     scale_a, scale_b = (_positive(name, value, w) for name, value in (("a", a), ("b", b)))
     u = w / scale_a
     if u.numel() and not bool((u.abs() < shape.limit).all()):
@@ -143,7 +144,8 @@ class WeightCompander(nn.Module):
     Raises:
         ValueError: a or b is not between eps and 1 / eps, eps is not between 0 and 1, or an unknown kind.
 
-    Source: Cakaj, Mehnert and Yang, IJCNN 2023; that a and b are per tensor and kept positive by the exponential is a choice made here.
+    Source:
+        Cakaj, Mehnert and Yang, IJCNN 2023; that a and b are per tensor and kept positive by the exponential is a choice made here.
     """
 
     log_a: Tensor
@@ -161,12 +163,12 @@ class WeightCompander(nn.Module):
         super().__init__()
         shape_of(kind)
         if not 0 < eps < 1:
-            raise ValueError(f"eps must lie between 0 and 1, got {eps}")
+            raise ValueError(f"eps must lie in (0, 1), got {eps}")
         self.kind, self.learnable, self.eps = kind, learnable, eps
         for name, value in (("a", a), ("b", b)):
             scale = torch.as_tensor(value)
             if not bool(((scale > eps) & (scale < 1 / eps)).all()):
-                raise ValueError(f"{name} must lie between eps = {eps:g} and 1 / eps, got {scale.tolist()}")
+                raise ValueError(f"{name} must lie in [eps, 1 / eps] with eps = {eps:g}, got {scale.tolist()}")
             log = (scale.detach() - eps).log()
             if learnable:
                 self.register_parameter(f"log_{name}", nn.Parameter(log))

@@ -62,10 +62,11 @@ class ConvGeometry:
         """The geometry of a kernel ``(M, C / groups, k, ...)`` as PyTorch's convolutions keep it.
 
         Raises:
-            ValueError: the kernel is not a floating-point tensor with one axis or more, or the sizes do not fit it.
+            TypeError: the kernel is not floating-point.
+            ValueError: it has no axis, or the sizes do not fit it.
         """
         if not weight.is_floating_point():
-            raise ValueError(f"weight must be a floating-point tensor, got {weight.dtype}")
+            raise TypeError(f"weight must be floating-point, got {weight.dtype}")
         if weight.dim() < 3:
             raise ValueError(f"weight must have shape (out, in / groups, *kernel), got {tuple(weight.shape)}")
         if groups < 1 or weight.shape[0] % groups:
@@ -214,8 +215,9 @@ def orthogonal_exists(
     Raises:
         ValueError: a size below 1, sizes for different numbers of axes, ``"same"`` with a stride, or an unknown boundary.
 
-    Source: Achour, Malgouyres and Mamalet, JMLR 2022, theorem on the existence of orthogonal convolutional layers and the
-        propositions on the other boundaries; other boundaries with a stride, unequal axes and dilation by the same counting.
+    Source:
+        Achour, Malgouyres and Mamalet, JMLR 2022, theorem on the existence of orthogonal convolutional layers and the propositions
+        on the other boundaries; other boundaries with a stride, unequal axes and dilation by the same counting.
     """
     return orthogonal_obstacle(out_channels, in_channels, kernel_size, stride, padding_mode, dilation=dilation) is None
 

@@ -31,7 +31,8 @@ def gram_residual(weight: Float[Tensor, "out ins *kernel"], geometry: ConvGeomet
         weight: a kernel as PyTorch keeps it, float32 or float64.
         geometry: its sizes.
 
-    Source: Achour, Malgouyres and Mamalet, JMLR 2022, definition of L_orth and the theorem on its Frobenius norm.
+    Source:
+        Achour, Malgouyres and Mamalet, JMLR 2022, definition of L_orth and the theorem on its Frobenius norm.
     """
     transposed = geometry.out_channels > geometry.reached
     if transposed:

@@ -55,10 +55,11 @@ def conv_singular_values(
         ``groups * min(M / groups, C / groups * S^d) * N^d`` values, structural zeros included.
 
     Raises:
-        ValueError: a kernel that is not floating-point, sizes that do not fit each other, an input that is no multiple of the
-            stride or smaller than the kernel.
+        TypeError: a kernel that is not floating-point.
+        ValueError: sizes that do not fit each other, an input that is no multiple of the stride or smaller than the kernel.
 
-    Source: Sedghi, Gupta and Long, ICLR 2019, theorem 6; strides by the polyphase split.
+    Source:
+        Sedghi, Gupta and Long, ICLR 2019, theorem 6; strides by the polyphase split.
     """
     geometry = ConvGeometry.of(weight, stride, dilation, groups)
     places = places_of(geometry, input_size)
@@ -100,7 +101,8 @@ def orth_residuals(
     Returns:
         ``err_F`` and ``err_s``.
 
-    Source: Achour, Malgouyres and Mamalet, JMLR 2022, definition of the residuals and the theorems on their scalability.
+    Source:
+        Achour, Malgouyres and Mamalet, JMLR 2022, definition of the residuals and the theorems on their scalability.
     """
     squares = conv_singular_values(weight, input_size, stride, dilation=dilation, groups=groups).square()
     return (squares - 1).norm(), (squares - 1).abs().max()

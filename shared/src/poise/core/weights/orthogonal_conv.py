@@ -84,10 +84,12 @@ def conv_orth_loss(
         A number not below 0, for half types in float32.
 
     Raises:
-        ValueError: a kernel that is not floating-point, sizes that do not fit each other, or an unknown regime.
+        TypeError: a kernel that is not floating-point.
+        ValueError: sizes that do not fit each other, or an unknown regime.
 
-    Source: Achour, Malgouyres and Mamalet, JMLR 2022, definition of L_orth and the theorem on its Frobenius norm (here read
-        from right to left); Wang et al., CVPR 2020, eq. 6.
+    Source:
+        Achour, Malgouyres and Mamalet, JMLR 2022, definition of L_orth and the theorem on its Frobenius norm (here read from right
+        to left); Wang et al., CVPR 2020, eq. 6.
     """
     if regime not in ("auto", "rows", "columns"):
         raise ValueError(f"regime must be 'auto', 'rows' or 'columns', got {regime!r}")
@@ -117,14 +119,16 @@ def kernel_orth_loss(weight: Tensor, *, squared: bool = True) -> Float[Tensor, "
         squared: give the square.
 
     Raises:
-        ValueError: fewer than two dimensions, or not floating-point.
+        TypeError: not floating-point.
+        ValueError: fewer than two dimensions.
 
-    Source: Wang et al., CVPR 2020, section 3.3 (kernel orthogonality).
+    Source:
+        Wang et al., CVPR 2020, section 3.3 (kernel orthogonality).
     """
-    if not weight.is_floating_point() or weight.dim() < 2:
-        raise ValueError(
-            f"weight must be a floating-point tensor (outputs, ...), got {weight.dtype} of shape {tuple(weight.shape)}"
-        )
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be floating-point, got {weight.dtype}")
+    if weight.dim() < 2:
+        raise ValueError(f"weight must have shape (outputs, ...), got {tuple(weight.shape)}")
     matrix = weight.flatten(1)
     rows, columns = matrix.shape
     return orthonormality(matrix, along="rows" if rows <= columns else "columns", squared=squared)
@@ -157,7 +161,8 @@ def orthogonal_conv_init_(
     Raises:
         ValueError: as for :func:`conv_orth_loss`, or no layer of these sizes is orthogonal.
 
-    Source: Achour, Malgouyres and Mamalet, JMLR 2022, the construction in the proof of existence.
+    Source:
+        Achour, Malgouyres and Mamalet, JMLR 2022, the construction in the proof of existence.
     """
     geometry = ConvGeometry.of(weight, stride, dilation, groups)
     if obstacle := geometry.obstacle():
@@ -219,7 +224,8 @@ class OrthogonalRegularizer(Penalty):
     Warns:
         OrthogonalityWarning: a layer cannot be orthogonal. It is driven as near as possible; leave it out with ``skip``.
 
-    Source: Achour, Malgouyres and Mamalet, JMLR 2022, section on the regularization of networks.
+    Source:
+        Achour, Malgouyres and Mamalet, JMLR 2022, section on the regularization of networks.
     """
 
     def __init__(

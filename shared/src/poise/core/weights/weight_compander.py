@@ -86,7 +86,8 @@ def apply_weight_compander(
             a steepness that is not positive, or next to a b; learned scales inside DistributedDataParallel, which would not
             synchronize them. The model is then as it was.
 
-    Source: Cakaj, Mehnert and Yang, IJCNN 2023; the initial scales are a choice made here.
+    Source:
+        Cakaj, Mehnert and Yang, IJCNN 2023; the initial scales are a choice made here.
     """
     if steepness <= 0 or (steepness != 1 and b != "auto"):
         raise ValueError(f"steepness must be positive, and goes with b='auto', got {steepness} and b={b}")

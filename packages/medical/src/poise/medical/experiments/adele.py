@@ -1,6 +1,6 @@
 r"""ADELE: are badly drawn masks corrected when it is time, class by class, and does the network then forget less?
 
-Liu et al., Adaptive Early-Learning Correction for Segmentation from Noisy Annotations, CVPR 2022, arXiv 2110.03740.
+Liu et al., "Adaptive Early-Learning Correction for Segmentation from Noisy Annotations", CVPR 2022, arXiv 2110.03740.
 
     f(t) = a (1 - exp(-t^b / c)) is fitted to each class's training IoU; where its slope has fallen by 90 %, masks of that class take
     confident predictions; L = (sum over scales of cross-entropy + lambda * sum of KL(p_i || mixture)) / 3
@@ -18,7 +18,6 @@ Presets:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from poise.core.gpu import derive_generator
+from poise.core.experiments.published_images import visiting_order
 from poise.core.lab import ArmResult, Claim, Experiment, Run
 from poise.medical.experiments import adele_figures as figures
 from poise.medical.experiments.adele_data import PascalTask, Task, digit_masks, segthor_slices
@@ -88,7 +87,7 @@ class Config:
         norm: normalisation of the U-Net.
         weights: file of the network's weights to start from (``torch.save`` of a state dict); of the backbone for PASCAL VOC.
         epochs: passes over the training images.
-        batch_size: images of a step.
+        batch: images per step.
         learning_rate: of SGD.
         momentum: of SGD.
         weight_decay: of SGD.
@@ -113,7 +112,7 @@ class Config:
     norm: Literal["batch", "instance"] = "instance"
     weights: str = ""
     epochs: int = 40
-    batch_size: int = 5
+    batch: int = 5
     learning_rate: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 0.0
@@ -125,6 +124,9 @@ class Config:
     gate: float = 0.8
     tempered: bool = False
     evaluate_every: int = 5
+
+
+# Data and networks
 
 
 def load(config: Config, arm: Arm, run: Run) -> Task:
@@ -181,7 +183,7 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
     schedule = CorrectionSchedule(classes, config.correct_every)
     iou = StreamingIoU(classes).to(run.device)
     count = len(store)
-    per_epoch = max(1, count // config.batch_size)
+    per_epoch = max(1, count // config.batch)
     per_value = max(1, round(per_epoch * config.interval))
     history = torch.full((config.epochs, len(MEASURES)), torch.nan, dtype=torch.float64)
     scales = SCALES if setup.consistent else (1.0,)
@@ -193,7 +195,7 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
         for group in optimizer.param_groups:
             left = 1 - step / (config.epochs * per_epoch + 1)
             group["lr"] = config.learning_rate * group["factor"] * left**config.power
-        index = visiting_order(run.seed, epoch, count)[place * config.batch_size :][: config.batch_size]
+        index = visiting_order(run.seed, epoch, count)[place * config.batch :][: config.batch]
         images, labels, original = task.batch(index, epoch)
         images, labels, original = (each.to(run.device) for each in (images, labels, original))
 
@@ -235,12 +237,6 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
     draw(arm, task, detector, history, run)
     metrics = final_measures(task, model, run.device, history) | early_learning(history)
     return metrics | trigger_measures(detector, task, config.epochs)
-
-
-@lru_cache(maxsize=1)
-def visiting_order(seed: int, epoch: int, count: int) -> Tensor:
-    """The order of an epoch's images; the same for all arms of a seed."""
-    return torch.randperm(count, generator=derive_generator(seed, "order", epoch))
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
@@ -286,6 +282,8 @@ def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
     if same:
         run.figure("corrected", figures.corrections(same))
 
+
+# Claims
 
 PAPER = "Liu et al. 2022"
 
@@ -343,7 +341,7 @@ EXPERIMENT = Experiment(
             size=448,
             width=64,
             epochs=19,  # 20,000 steps
-            batch_size=10,
+            batch=10,
             learning_rate=1e-3,
             weight_decay=5e-4,
             power=0.9,

@@ -1,6 +1,6 @@
 r"""AEM: does attention over a bag, kept from collapsing, classify bags better, and does it still find the telling instances?
 
-Zhang et al., AEM: Attention Entropy Maximization for Multiple Instance Learning based Whole Slide Image Classification, arXiv
+Zhang et al., "AEM: Attention Entropy Maximization for Multiple Instance Learning based Whole Slide Image Classification", arXiv
 2406.15303.
 
     L = bag loss + lambda * mean over rows of sum_n a_n log a_n
@@ -18,14 +18,13 @@ Presets:
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from poise.core.gpu import derive_generator
+from poise.core.experiments.published_images import visiting_order
 from poise.core.lab import ArmResult, Claim, Experiment, Run
 from poise.core.schedule import Cosine
 from poise.medical.experiments import aem_figures as figures
@@ -131,6 +130,9 @@ class Config:
     groups: tuple[tuple[int, ...], ...] = ()
 
 
+# Data and networks
+
+
 def load(config: Config, run: Run) -> BagSplit:
     """The bags; the same for all arms of a seed."""
     if config.data == "digits":
@@ -178,7 +180,7 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
         epoch, place = divmod(step, len(split.train))
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
-        bag = split.train[visiting_order(run.seed, epoch, len(split.train))[place]]
+        bag = split.train[int(visiting_order(run.seed, epoch, len(split.train))[place])]
         batch = collate_bags([bag]).to(run.device)
         features, _ = subsample(batch.features)
 
@@ -202,12 +204,6 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
         model.load_state_dict(best)
     draw(arm, model, split, history, run)
     return evaluate(model, split.test, run.device, split.truth) | {"epochs_correlation": correlation(history)}
-
-
-@lru_cache(maxsize=1)
-def visiting_order(seed: int, epoch: int, count: int) -> list[int]:
-    """The order of an epoch's bags; the same for all arms of a seed."""
-    return torch.randperm(count, generator=derive_generator(seed, "order", epoch)).tolist()
 
 
 def keep_best(model: BagModel, validation: Bags, device: torch.device, best: dict[str, Tensor], score: Tensor) -> None:
@@ -263,6 +259,8 @@ def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
     if bags:
         run.figure("bags", figures.bags({arm: bags[arm] for arm in list(bags)[:4]}))
 
+
+# Claims
 
 PAPER = "Zhang et al. 2024"
 

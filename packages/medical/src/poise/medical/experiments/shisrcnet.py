@@ -1,6 +1,6 @@
 r"""SHISRCNet: does classifying low-resolution tissue get better when the images are restored for that purpose?
 
-Xie et al., SHISRCNet: Super-resolution And Classification Network For Low-resolution Breast Cancer Histopathology Image, MICCAI
+Xie et al., "SHISRCNet: Super-resolution And Classification Network For Low-resolution Breast Cancer Histopathology Image", MICCAI
 2023, arXiv 2306.14119.
 
     L = 0.6 |SR - HR|_1 + 0.3 mean of focal(SR), focal(HR) + 0.1 NT-Xent(features of SR, features of HR)
@@ -24,20 +24,19 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, l1_loss, normalize
+from torch.nn.functional import l1_loss
 
 from poise.core.experiments.published_images import steps_per_epoch, training_batches
-from poise.core.functional import focal_loss
 from poise.core.lab import ArmResult, Experiment, Run
 from poise.medical.experiments import shisrcnet_figures as figures
 from poise.medical.experiments.shisrcnet_claims import CLAIMS
 from poise.medical.experiments.shisrcnet_data import Tissue, breakhis_tissue, picture_tissue
 from poise.medical.experiments.shisrcnet_measures import Answer, fidelity, gradient_share, predictions, rates
-from poise.medical.experiments.shisrcnet_networks import Bicubic, PretrainedStages
+from poise.medical.experiments.shisrcnet_parts import Bicubic, PretrainedStages, released_loss
 from poise.medical.histopathology.resolution import degrade, enlarge
 from poise.medical.histopathology.shisrcnet.classifier import ClassifierCF
 from poise.medical.histopathology.shisrcnet.losses import SHISRCLoss
-from poise.medical.histopathology.shisrcnet.network import SHISRCNet, SHISRCOutput
+from poise.medical.histopathology.shisrcnet.network import SHISRCNet
 from poise.medical.histopathology.shisrcnet.super_resolution import SRResNetMFE
 
 
@@ -101,7 +100,7 @@ class Config:
         gamma: of the focal loss.
         temperature: of the contrastive term.
         joint_batch: whether both views share batch statistics.
-        judge_every: epochs between measurements.
+        evaluate_every: epochs between measurements.
         magnification: of BreaKHis: 40, 100, 200 or 400; none for all.
         split: of BreaKHis: ``patient`` or ``image``.
         split_seed: of BreaKHis.
@@ -130,7 +129,7 @@ class Config:
     gamma: float = 5.0
     temperature: float = 2.0
     joint_batch: bool = False
-    judge_every: int = 2
+    evaluate_every: int = 2
     magnification: int | None = None
     split: str = "patient"
     split_seed: int = 0
@@ -263,7 +262,7 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
         if place + 1 == per_epoch and judge.due(epoch):
             found = judge(model)
             for name, value in {"epoch": epoch + 1.0, **found}.items():
-                history[name][(epoch + 1) // config.judge_every - 1 if epoch + 1 < config.epochs else -1] = value
+                history[name][(epoch + 1) // config.evaluate_every - 1 if epoch + 1 < config.epochs else -1] = value
             run.log(step, **terms, **found)
             if tissue.validation is not None and found["accuracy"] > best_score:
                 best_score.fill_(found["accuracy"])
@@ -274,25 +273,6 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
         model.load_state_dict(best)
     draw(config, arm, model, tissue, history, run)
     return measured | measure(config, setup, model, tissue, run.device, measured.get("l1_warm"))
-
-
-def released_loss(criterion: SHISRCLoss, output: SHISRCOutput, hr: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The loss as the authors' release wires it: features where logits belong, and the other way round.
-
-    The focal loss takes the features for scores of as many classes. The contrastive term reads the logits of one view; no pair in it
-    is positive, and every image draws towards the first of the others.
-    """
-    assert output.hr_features is not None, "this arm has a second view"
-    sr = l1_loss(output.sr, hr)
-    views = (output.features, output.hr_features)
-    classification = torch.stack([focal_loss(view, labels, criterion.gamma) for view in views]).mean()
-    directions = normalize(output.logits)
-    count = len(directions)
-    others = ~torch.eye(count, dtype=torch.bool, device=directions.device)
-    similarity = (directions @ directions.T)[others].view(count, count - 1) / criterion.temperature
-    contrastive = cross_entropy(similarity, torch.zeros_like(labels))
-    loss = criterion.w_sr * sr + criterion.w_cls * classification + criterion.w_con * contrastive
-    return {"loss": loss, "sr": sr, "classification": classification, "contrastive": contrastive}
 
 
 # Measuring
@@ -308,7 +288,7 @@ class Judge:
 
     def due(self, epoch: int) -> bool:
         """After every few epochs, and after the last."""
-        return (epoch + 1) % self.config.judge_every == 0 or epoch + 1 == self.config.epochs
+        return (epoch + 1) % self.config.evaluate_every == 0 or epoch + 1 == self.config.epochs
 
     def __call__(self, model: SHISRCNet) -> dict[str, float]:
         batch = evaluation_batch(self.config)
@@ -380,6 +360,8 @@ def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
         run.figure("images", figures.triptychs(columns, first["truth"]))
 
 
+# Claims
+
 EXPERIMENT = Experiment(
     method="medical/shisrcnet",
     presets={
@@ -394,7 +376,7 @@ EXPERIMENT = Experiment(
             warmup=0,
             epochs=100,
             batch=4,
-            judge_every=1,
+            evaluate_every=1,
             workers=4,
         ),
     },

@@ -1,6 +1,6 @@
 r"""Attention-based multiple-instance learning (ABMIL), for whole slides as frozen features.
 
-Ilse, Tomczak and Welling, Attention-based Deep Multiple Instance Learning, ICML 2018, arXiv 1802.04712.
+Ilse, Tomczak and Welling, "Attention-based Deep Multiple Instance Learning", ICML 2018, arXiv 1802.04712.
 
 .. math:: H = \mathrm{ReLU}(X W_d), \qquad z = \mathrm{pool}(H), \qquad \text{logits} = W_c z + b_c
 

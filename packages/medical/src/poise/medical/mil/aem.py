@@ -1,7 +1,7 @@
 r"""Attention entropy maximization: keep attention over a bag of instances from collapsing onto a few of them.
 
-Zhang, Shui, Sun, Li, Li, Zhu and Yang, AEM: Attention Entropy Maximization for Multiple Instance Learning based Whole Slide
-Image Classification, 2024, arXiv 2406.15303.
+Zhang, Shui, Sun, Li, Li, Zhu and Yang, "AEM: Attention Entropy Maximization for Multiple Instance Learning based Whole Slide
+Image Classification", 2024, arXiv 2406.15303.
 
 A slide is a bag of thousands of patches with a single label. Attention pooling, trained on few slides, soon puts all its weight
 on a handful of patches and learns those by heart. AEM adds one term to the loss, the negative entropy of the attention:
@@ -127,7 +127,7 @@ class AttentionEntropyLoss(Penalty):
             mask: True where an instance is real, ``(bags, instances)``.
         """
         if scores.ndim < 2:
-            raise ValueError(f"expected scores of shape (bags, ..., instances), got {tuple(scores.shape)}")
+            raise ValueError(f"scores must have shape (bags, ..., instances), got {tuple(scores.shape)}")
         real = None if mask is None else _for_every_row(mask, scores, -1)
         rows = entropy(scores, real)
         self.entropy = rows.detach().mean()

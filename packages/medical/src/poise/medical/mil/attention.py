@@ -1,6 +1,6 @@
 r"""Attention pooling: one feature for a whole bag, the mean of its instances under weights that the instances choose.
 
-Ilse, Tomczak and Welling, Attention-based Deep Multiple Instance Learning, ICML 2018, arXiv 1802.04712 (plain and gated); a
+Ilse, Tomczak and Welling, "Attention-based Deep Multiple Instance Learning", ICML 2018, arXiv 1802.04712 (plain and gated); a
 learned query with several heads as in Zhang et al., arXiv 2406.15303.
 
 .. math:: e_n = w^\top \tanh(V h_n) \quad\text{or}\quad w^\top (\tanh(V h_n + b_V) \odot \sigma(U h_n + b_U)) + b, \qquad

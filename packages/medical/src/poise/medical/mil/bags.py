@@ -43,7 +43,7 @@ class Bag:
     def __post_init__(self) -> None:
         name, features = f"bag {self.id!r}", self.features
         if features.ndim != 2:
-            raise ValueError(f"{name}: expected features of shape (instances, features), got {tuple(features.shape)}")
+            raise ValueError(f"{name}: features must have shape (instances, features), got {tuple(features.shape)}")
         if len(features) == 0:
             raise ValueError(f"{name} is empty: a bag needs at least one instance")
         if not features.is_floating_point():
@@ -122,7 +122,7 @@ def check_bags(features: Tensor, mask: Tensor | None, in_dim: int | None = None)
         TypeError: the mask is not boolean.
     """
     if features.ndim != 3:
-        raise ValueError(f"expected bags of shape (bags, instances, features), got {tuple(features.shape)}")
+        raise ValueError(f"bags must have shape (bags, instances, features), got {tuple(features.shape)}")
     if features.shape[1] == 0:
         raise ValueError(f"empty bag: expected at least one instance, got features of shape {tuple(features.shape)}")
     if in_dim is not None and features.shape[2] != in_dim:

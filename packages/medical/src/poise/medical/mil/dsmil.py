@@ -1,7 +1,7 @@
 r"""Dual-stream multiple-instance learning (DSMIL): attention by likeness to the most telling instance of each class.
 
-Li, Li and Eliceiri, Dual-stream Multiple Instance Learning Network for Whole Slide Image Classification with Self-supervised
-Contrastive Learning, CVPR 2021, arXiv 2011.08939.
+Li, Li and Eliceiri, "Dual-stream Multiple Instance Learning Network for Whole Slide Image Classification with Self-supervised
+Contrastive Learning", CVPR 2021, arXiv 2011.08939.
 
 With instance logits :math:`c_n = W_i x_n` and the critical instance :math:`m_c = \arg\max_n c_{nc}` of every class,
 

@@ -1,6 +1,6 @@
 r"""Self-attention through landmarks, in memory linear in the number of tokens, for padded sequences of any length.
 
-Xiong et al., Nyströmformer: A Nyström-Based Algorithm for Approximating Self-Attention, AAAI 2021, arXiv 2102.03902.
+Xiong et al., "Nyströmformer: A Nyström-Based Algorithm for Approximating Self-Attention", AAAI 2021, arXiv 2102.03902.
 
 .. math:: \mathrm{softmax}(Q \tilde K^\top)\, \mathrm{softmax}(\tilde Q \tilde K^\top)^{+}\, \mathrm{softmax}(\tilde Q K^\top)\, V
 

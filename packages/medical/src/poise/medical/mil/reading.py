@@ -42,7 +42,7 @@ class Reading(NamedTuple):
         """
         classes = self.logits.shape[1]
         if not torch.compiler.is_compiling() and bool(((labels < 0) | (labels >= classes)).any()):
-            raise ValueError(f"labels must lie in 0 .. {classes - 1}, got {sorted(set(labels.tolist()))}")
+            raise ValueError(f"labels must lie in 0..{classes - 1}, got {sorted(set(labels.tolist()))}")
         return sum(
             (cross_entropy(stream, labels) for stream in self.streams[1:]), cross_entropy(self.streams[0], labels)
         ) / len(self.streams)

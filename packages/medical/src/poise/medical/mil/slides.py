@@ -52,7 +52,7 @@ class Slides:
         for slide in self.rows:
             if not 0 <= slide.label < len(self.classes):
                 raise ValueError(
-                    f"slide {slide.id!r} has the label {slide.label}, but labels must lie in 0 .. {len(self.classes) - 1}"
+                    f"slide {slide.id!r} has the label {slide.label}, but labels must lie in 0..{len(self.classes) - 1}"
                 )
         check_patients(self.rows)
 

@@ -1,6 +1,6 @@
 r"""TransMIL: a transformer over the instances of a bag, read out at a class token.
 
-Shao et al., TransMIL: Transformer based Correlated Multiple Instance Learning for Whole Slide Image Classification, NeurIPS 2021,
+Shao et al., "TransMIL: Transformer based Correlated Multiple Instance Learning for Whole Slide Image Classification", NeurIPS 2021,
 arXiv 2106.00908.
 
 Instances are embedded and laid out row by row on the smallest square that holds them (the first ones again where it is not full).

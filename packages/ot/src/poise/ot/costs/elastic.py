@@ -1,7 +1,7 @@
 r"""Elastic costs: a quadratic plus a regularizer that makes displacements sparse.
 
-Cuturi, Klein and Ablin, Monge, Bregman and Occam: Interpretable Optimal Transport in High-Dimensions with
-Feature-Sparse Maps, ICML 2023, arXiv 2302.04065.
+Cuturi, Klein and Ablin, "Monge, Bregman and Occam: Interpretable Optimal Transport in High-Dimensions with
+Feature-Sparse Maps", ICML 2023, arXiv 2302.04065.
 
 .. math:: h(z) = \tfrac{\rho}{2}|z|^2 + \lambda\, r(z), \qquad
           \nabla h^*(w) = \operatorname{prox}_{(\lambda/\rho)\, r}(w/\rho),
@@ -125,7 +125,7 @@ class KOverlap:
         k: how many coordinates move without extra charge, at most d.
 
     Source:
-        Argyriou, Foygel and Srebro, Sparse Prediction with the k-Support Norm, NeurIPS 2012, proposition 2.1.
+        Argyriou, Foygel and Srebro, "Sparse Prediction with the k-Support Norm", NeurIPS 2012, proposition 2.1.
     """
 
     k: int

@@ -1,7 +1,7 @@
 r"""The Sinkhorn divergence: entropic transport without its bias, a smooth distance between samples.
 
-Genevay, Peyré and Cuturi, Learning Generative Models with Sinkhorn Divergences, AISTATS 2018, arXiv 1706.00292; Feydy et
-al., Interpolating between Optimal Transport and MMD using Sinkhorn Divergences, AISTATS 2019, arXiv 1810.08278.
+Genevay, Peyré and Cuturi, "Learning Generative Models with Sinkhorn Divergences", AISTATS 2018, arXiv 1706.00292; Feydy et
+al., "Interpolating between Optimal Transport and MMD using Sinkhorn Divergences", AISTATS 2019, arXiv 1810.08278.
 
 .. math:: S_\varepsilon(x, y) = W_\varepsilon(x, y) - \tfrac12 W_\varepsilon(x, x) - \tfrac12 W_\varepsilon(y, y)
 

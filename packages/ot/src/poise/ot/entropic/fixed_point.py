@@ -4,8 +4,8 @@ r"""Sinkhorn's iteration, whatever computes its half-steps: annealed in ε, over
   result to the next smaller ε.
 - *Over-relaxation*: near the solution the error shrinks by a constant factor λ per iteration, 1 - λ being tiny for small
   ε. A step ω times as long, :math:`\omega = 2/(1 + \sqrt{1-\lambda})`, shrinks it by ω - 1 instead, as in successive
-  over-relaxation of a linear system with two blocks (Young 1954; Thibault, Chizat, Dossal and Papadakis, Overrelaxed
-  Sinkhorn-Knopp Algorithm for Regularized Optimal Transport, Algorithms 2021, arXiv 1711.01851). λ is read off the
+  over-relaxation of a linear system with two blocks (Young 1954; Thibault, Chizat, Dossal and Papadakis, "Overrelaxed
+  Sinkhorn-Knopp Algorithm for Regularized Optimal Transport", Algorithms 2021, arXiv 1711.01851). λ is read off the
   decrease ρ of the error that the present ω produces, :math:`\lambda = (\rho + \omega - 1)^2 / (\rho\,\omega^2)`.
 - *Symmetric updates*: for equal measures and a symmetric cost both potentials are the same, and averaging a potential with
   its update converges in a dozen steps (Feydy et al., Interpolating between Optimal Transport and MMD using Sinkhorn

@@ -103,7 +103,7 @@ def sinkhorn_points(
     source, target = (uniform(widen(points[..., 0])) if mass is None else mass for points, mass in ((x, a), (y, b)))
     if (source.shape, target.shape) != (x.shape[:-1], y.shape[:-1]):
         raise ValueError(
-            f"expected masses of shape {tuple(x.shape[:-1])} and {tuple(y.shape[:-1])}, "
+            f"masses must have shape {tuple(x.shape[:-1])} and {tuple(y.shape[:-1])}, "
             f"got {tuple(source.shape)} and {tuple(target.shape)}"
         )
     if a is not None or b is not None:

@@ -1,6 +1,6 @@
 r"""Entropic optimal transport between histograms.
 
-Cuturi, Sinkhorn Distances: Lightspeed Computation of Optimal Transport, NeurIPS 2013, arXiv 1306.0895.
+Cuturi, "Sinkhorn Distances: Lightspeed Computation of Optimal Transport", NeurIPS 2013, arXiv 1306.0895.
 
 .. math:: W_\varepsilon(a, b) = \min_{P \ge 0,\ P 1 = a,\ P^\top 1 = b} \langle P, M\rangle - \varepsilon H(P),
           \qquad H(P) = -\sum_{ij} P_{ij} \log P_{ij}.
@@ -108,7 +108,7 @@ def sinkhorn(
             ``tol`` or ``max_iter`` is not positive.
 
     Source:
-        Peyré and Cuturi, Computational Optimal Transport, 2019, sections 4.1 and 4.4.
+        Peyré and Cuturi, "Computational Optimal Transport", 2019, sections 4.1 and 4.4.
     """
     cost, *masses = as_tensors(M, *(array for array in (a, b) if array is not None))
     if cost.ndim not in (2, 3):

@@ -1,6 +1,6 @@
 r"""Monge gap: a map that only fits its target may take detours; does the gap remove them, for the cost of your choice?
 
-Uscidda and Cuturi, The Monge Gap: A Regularizer to Learn All Transport Maps, ICML 2023, arXiv 2302.04953.
+Uscidda and Cuturi, "The Monge Gap: A Regularizer to Learn All Transport Maps", ICML 2023, arXiv 2302.04953.
 
     min over T of  Delta(T#mu, nu) + lambda [ E c(x, T(x)) - W_c(mu, T#mu) ]
 
@@ -15,7 +15,7 @@ Presets:
 - ``cells``: drug responses of single cells from an AnnData file, one map for all drugs and doses.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -257,7 +257,7 @@ def run(config: Study, arm: str, run: Run) -> dict[str, float]:
     return {name: sum(metrics[name] for metrics in each) / len(each) for name in each[0]}
 
 
-def compare(config: Study, results: dict[str, ArmResult], run: Run) -> None:
+def compare(config: Study, results: Mapping[str, ArmResult], run: Run) -> None:
     """Figures across arms."""
     if isinstance(config, ColourTransfer):
         source, target = (picture(name).rgb() for name in (config.source_picture, config.target_picture))
@@ -266,6 +266,8 @@ def compare(config: Study, results: dict[str, ArmResult], run: Run) -> None:
         run.figure("maps", figures.maps(results, ARMS))
     run.figure("metrics", figures.metrics(results))
 
+
+# Claims
 
 PAPER = "Uscidda and Cuturi 2023"
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -209,7 +210,7 @@ class Cells(Study):
 
     def _read(self, path: Path) -> tuple[PerturbedCells, list[tuple[str, float]]]:
         """An AnnData file with the columns drug, dose and control."""
-        columns = {"drug": self.drug_column, "dose": self.dose_column, "control": self.control_column}
+        columns: dict[str, Any] = {"drug": self.drug_column, "dose": self.dose_column, "control": self.control_column}
         cells = read_cells(path, features=self.features, **columns)
         contexts = [context for context in cells.contexts() if not self.drugs or context[0] in self.drugs]
         absent = set(self.drugs) - {drug for drug, _ in contexts}

@@ -1,6 +1,6 @@
 r"""One map for many tasks: ``T(x, context)``, with a Monge gap in each context and never across contexts.
 
-Driessen et al., Towards generalizable single-cell perturbation modeling via the Conditional Monge Gap, arXiv 2504.08328, after
+Driessen et al., "Towards generalizable single-cell perturbation modeling via the Conditional Monge Gap", arXiv 2504.08328, after
 Uscidda and Cuturi, ICML 2023, arXiv 2302.04953.
 
     min over T of  E over contexts c of  [ Delta(T(., c)#mu_c, nu_c) + lambda M(T(., c) on mu_c) ]
@@ -52,7 +52,7 @@ class ContextEncoder(nn.Module):
 
 
 class OneHotContext(ContextEncoder):
-    """Classes ``0 .. classes - 1`` as unit vectors.
+    """Classes ``0..classes - 1`` as unit vectors.
 
     Args:
         classes: number of classes.
@@ -129,7 +129,7 @@ class JoinedContext(ContextEncoder):
 
     def forward(self, context: Float[Tensor, "*batch entries"]) -> Float[Tensor, "*batch width"]:
         if context.shape[-1] != sum(self.sizes):
-            raise ValueError(f"expected a context of {sum(self.sizes)} entries, got shape {tuple(context.shape)}")
+            raise ValueError(f"context must have {sum(self.sizes)} entries, got shape {tuple(context.shape)}")
         parts = context.split(self.sizes, dim=-1)
         return torch.cat(
             [self._encode(encoder, part) for encoder, part in zip(self.encoders, parts, strict=True)], dim=-1
@@ -239,7 +239,7 @@ class ConditionalMongeMapEstimator:
         """
         count = len(tasks) if contexts_per_step is None else contexts_per_step
         if not 1 <= count <= len(tasks):
-            raise ValueError(f"contexts_per_step must lie between 1 and the number of tasks, {len(tasks)}, got {count}")
+            raise ValueError(f"contexts_per_step must lie in 1..{len(tasks)}, the number of tasks, got {count}")
         device = next(self.transport.parameters()).device
         contexts = [context.to(device) for context, _, _ in tasks.values()]
         loaders = [[to_module(cycled(loader), self.transport) for loader in task[1:]] for task in tasks.values()]

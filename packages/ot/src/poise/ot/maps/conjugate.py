@@ -1,7 +1,7 @@
 r"""The convex conjugate of a potential, many points at once, by L-BFGS.
 
 ``f*(y) = max_x <x, y> - f(x)``. The maximiser is the point whose image under ``grad f`` is ``y``: the inverse of the transport map.
-Amos, On Amortizing Convex Conjugates for Optimal Transport, ICLR 2023, arXiv 2210.12153, refines a network's prediction of it this
+Amos, "On Amortizing Convex Conjugates for Optimal Transport", ICLR 2023, arXiv 2210.12153, refines a network's prediction of it this
 way.
 
 >>> import torch

@@ -1,8 +1,8 @@
 r"""Convex potentials: input-convex neural networks, whose gradients are optimal maps for the squared Euclidean cost.
 
-Amos, Xu and Kolter, Input Convex Neural Networks, ICML 2017, arXiv 1609.07152; as transport maps: Makkuva et al., Optimal
-Transport Mapping via Input Convex Neural Networks, ICML 2020, arXiv 1908.10962; initialised at the Gaussian map: Bunne, Krause and
-Cuturi, Supervised Training of Conditional Monge Maps, NeurIPS 2022, arXiv 2206.14262.
+Amos, Xu and Kolter, "Input Convex Neural Networks", ICML 2017, arXiv 1609.07152; as transport maps: Makkuva et al., "Optimal
+Transport Mapping via Input Convex Neural Networks", ICML 2020, arXiv 1908.10962; initialised at the Gaussian map: Bunne, Krause and
+Cuturi, "Supervised Training of Conditional Monge Maps", NeurIPS 2022, arXiv 2206.14262.
 
     z_1 = act(V_0 x + b_0),    z_{l+1} = act(W_l z_l + V_l x + b_l),    f(x) = w . z_L + v . x + |A x|^2 / 2
 
@@ -96,7 +96,7 @@ class ICNN(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         if x.shape[-1] != self.dim:
-            raise ValueError(f"expected points in {self.dim} dimensions, got shape {tuple(x.shape)}")
+            raise ValueError(f"x must have points of {self.dim} dimensions, got shape {tuple(x.shape)}")
         first, *others = self.from_input
         z = first(x)
         for layer, weight in zip(others, self.between, strict=True):

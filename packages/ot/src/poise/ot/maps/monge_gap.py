@@ -1,6 +1,6 @@
 r"""The Monge gap: how much more a map costs than the best way to move its inputs to its outputs.
 
-Uscidda and Cuturi, The Monge Gap: A Regularizer to Learn All Transport Maps, ICML 2023, arXiv 2302.04953.
+Uscidda and Cuturi, "The Monge Gap: A Regularizer to Learn All Transport Maps", ICML 2023, arXiv 2302.04953.
 
 For samples :math:`x_i` of a reference measure ρ, a map T, and a ground cost c of your choice,
 

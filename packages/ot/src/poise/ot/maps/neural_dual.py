@@ -192,7 +192,12 @@ class NeuralDualSolver:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of both potentials and both optimizers."""
-        parts = {"f": self.f, "g": self.g, "optimizer_f": self.optimizer_f, "optimizer_g": self.optimizer_g}
+        parts: dict[str, Any] = {
+            "f": self.f,
+            "g": self.g,
+            "optimizer_f": self.optimizer_f,
+            "optimizer_g": self.optimizer_g,
+        }
         return {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

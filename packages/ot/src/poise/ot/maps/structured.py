@@ -7,7 +7,7 @@ For a cost ``c(x, y) = h(x - y)`` with strictly convex ``h`` the optimal map is 
   gradient field,
 - :class:`SphereMap`: ``T(x) = F(x) / |F(x)|``.
 
-Uscidda and Cuturi, The Monge Gap: A Regularizer to Learn All Transport Maps, ICML 2023, arXiv 2302.04953.
+Uscidda and Cuturi, "The Monge Gap: A Regularizer to Learn All Transport Maps", ICML 2023, arXiv 2302.04953.
 
 >>> import torch
 >>> from poise.ot import ConservativePenalty, SqEuclidean, StructuredMap

@@ -1,7 +1,7 @@
 r"""Limited-memory BFGS on a batch of independent problems, each with its own history, line search and end.
 
-Liu and Nocedal, On the limited memory BFGS method for large scale optimization, Mathematical Programming 45, 1989; line search of
-Nocedal and Wright, Numerical Optimization, algorithms 3.5 and 3.6, with the approximate Wolfe conditions of Hager and Zhang, SIAM J.
+Liu and Nocedal, "On the limited memory BFGS method for large scale optimization", Mathematical Programming 45, 1989; line search of
+Nocedal and Wright, "Numerical Optimization", algorithms 3.5 and 3.6, with the approximate Wolfe conditions of Hager and Zhang, SIAM J.
 Optim. 16, 2005, near the optimum, where differences of values are rounding.
 
 Problems do not wait for each other: one evaluation of the batch serves some as a trial of their line search and others as their

@@ -5,9 +5,9 @@ step solves its Schur complement :math:`\sum_j J_j - J_j 1 1^\top J_j / 1^\top J
 system is singular where parts of the plan are not connected; Levenberg and Marquardt's damping, proportional to what is missing in the
 marginals, bounds the step there and vanishes at the end.
 
-Qi and Sun, A nonsmooth version of Newton's method, Mathematical Programming 58, 1993; for quadratically regularised transport: Lorenz,
-Manns and Meyer, Quadratically Regularized Optimal Transport, Applied Mathematics and Optimization 83, 2021, arXiv 1903.01112.
-"""
+Qi and Sun, "A nonsmooth version of Newton's method", Mathematical Programming 58, 1993; for quadratically regularised transport:
+Lorenz, Manns and Meyer, "Quadratically Regularized Optimal Transport", Applied Mathematics and Optimization 83, 2021, arXiv
+1903.01112."""
 
 from typing import Protocol, runtime_checkable
 

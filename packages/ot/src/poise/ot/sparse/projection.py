@@ -6,7 +6,7 @@ r"""Project vectors onto the part of the simplex that has at most k nonzeros.
 
 The set is not convex, yet the projection is exact: keep the k largest entries of ``v`` and project that k-vector on the simplex.
 
-Kyrillidis, Becker, Cevher and Koch, Sparse projections onto the simplex, ICML 2013, arXiv 1206.1529.
+Kyrillidis, Becker, Cevher and Koch, "Sparse projections onto the simplex", ICML 2013, arXiv 1206.1529.
 
 >>> import torch
 >>> from poise.ot import sparse_simplex_projection

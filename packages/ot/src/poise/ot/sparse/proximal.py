@@ -12,8 +12,8 @@ The first step is taken by L-BFGS from zero, the others by semismooth Newton; wh
 L-BFGS takes them all. The plan of the last step meets both marginals, and the distance of its relaxed objective to the dual value
 says how far either can be from the optimum.
 
-Rockafellar, Augmented Lagrangians and applications of the proximal point algorithm in convex programming, Math. Oper. Res. 1, 1976;
-Li, Sun and Toh, A highly efficient semismooth Newton augmented Lagrangian method, SIAM J. Optim. 28, 2018, arXiv 1607.05428.
+Rockafellar, "Augmented Lagrangians and applications of the proximal point algorithm in convex programming", Math. Oper. Res. 1, 1976;
+Li, Sun and Toh, "A highly efficient semismooth Newton augmented Lagrangian method", SIAM J. Optim. 28, 2018, arXiv 1607.05428.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 r"""Regularizers of a transport plan's columns: negentropy, squared norm, and squared norm under a cardinality constraint.
 
-Blondel, Seguy and Rolet, Smooth and Sparse Optimal Transport, AISTATS 2018, arXiv 1710.06276; Liu, Puigcerver and Blondel,
-Sparsity-Constrained Optimal Transport, ICLR 2023, arXiv 2209.15466.
+Blondel, Seguy and Rolet, "Smooth and Sparse Optimal Transport", AISTATS 2018, arXiv 1710.06276; Liu, Puigcerver and Blondel,
+"Sparsity-Constrained Optimal Transport", ICLR 2023, arXiv 2209.15466.
 
 Every solver of this folder is built from two questions, asked of each column x of a matrix and answered with the value and its
 gradient, which is the maximiser:

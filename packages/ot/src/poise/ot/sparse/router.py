@@ -1,6 +1,6 @@
 r"""Mixture-of-experts routing by sparse transport: no expert gets more tokens than it can take, without an auxiliary loss.
 
-Liu, Puigcerver and Blondel, Sparsity-Constrained Optimal Transport, ICLR 2023, arXiv 2209.15466. In every group of S tokens and E
+Liu, Puigcerver and Blondel, "Sparsity-Constrained Optimal Transport", ICLR 2023, arXiv 2209.15466. In every group of S tokens and E
 experts, with scores from a linear layer,
 
 .. math:: \min_{T 1 = 1_S,\ T^\top 1 = \frac SE 1_E} -\langle T, \mathrm{softmax}(X W)\rangle + \tfrac\gamma2 \|T\|^2, \qquad

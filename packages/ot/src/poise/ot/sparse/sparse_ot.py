@@ -1,6 +1,6 @@
 r"""Transport plans with at most k nonzeros in every column, and their relatives without a cap.
 
-Liu, Puigcerver and Blondel, Sparsity-Constrained Optimal Transport, ICLR 2023, arXiv 2209.15466.
+Liu, Puigcerver and Blondel, "Sparsity-Constrained Optimal Transport", ICLR 2023, arXiv 2209.15466.
 
 .. math:: \min_{T \ge 0,\ T 1 = a,\ T^\top 1 = b} \langle T, M\rangle + \sum_j \Omega(t_j), \qquad
           \Omega(t) = \tfrac\gamma2 \|t\|^2 \text{ if } \|t\|_0 \le k, \text{ else } \infty

@@ -1,7 +1,7 @@
 r"""Deterministic policy gradient with target networks: one critic, one update per step, no smoothing, no delay.
 
-Silver et al., Deterministic Policy Gradient Algorithms, ICML 2014; Lillicrap et al., Continuous Control with Deep Reinforcement
-Learning, ICLR 2016, arXiv 1509.02971. Sizes and rates are those of TD3's authors, whose code the methods here were built on.
+Silver et al., "Deterministic Policy Gradient Algorithms", ICML 2014; Lillicrap et al., "Continuous Control with Deep Reinforcement
+Learning", ICLR 2016, arXiv 1509.02971. Sizes and rates are those of TD3's authors, whose code the methods here were built on.
 
 .. math:: y = r + \gamma\, Q'(s', \pi'(s')), \qquad
           \min_\theta\, \mathbb E\, (Q_\theta(s, a) - y)^2 + R(\theta), \qquad

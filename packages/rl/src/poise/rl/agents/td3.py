@@ -1,6 +1,6 @@
 r"""TD3: twin critics, smoothed targets, delayed policy updates.
 
-Fujimoto, van Hoof and Meger, Addressing Function Approximation Error in Actor-Critic Methods, ICML 2018, arXiv 1802.09477.
+Fujimoto, van Hoof and Meger, "Addressing Function Approximation Error in Actor-Critic Methods", ICML 2018, arXiv 1802.09477.
 
 .. math:: a' = \mathrm{clip}\big(\pi'(s') + \mathrm{clip}(\epsilon, \pm c)\big), \quad \epsilon \sim N(0, \sigma^2), \qquad
           y = r + \gamma \min_i Q_i'(s', a'), \qquad

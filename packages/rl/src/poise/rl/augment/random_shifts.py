@@ -1,7 +1,7 @@
 r"""Random shift: every image moves by its own few pixels, edges repeated.
 
-Yarats, Fergus, Lazaric and Pinto, Mastering Visual Continuous Control: Improved Data-Augmented Reinforcement Learning, ICLR 2022, arXiv
-2107.09645 (DrQ-v2).
+Yarats, Fergus, Lazaric and Pinto, "Mastering Visual Continuous Control: Improved Data-Augmented Reinforcement Learning", ICLR 2022,
+arXiv 2107.09645 (DrQ-v2).
 
 Pad an image by p pixels that repeat its edge, and crop it back at an offset :math:`(d_x, d_y) \sim U\{0, \dots, 2p\}^2`. DrQ-v2 does
 this by bilinear interpolation at a shifted grid; since shifts are whole pixels, the result is a crop, and here it is read as one. All
@@ -60,7 +60,7 @@ class RandomShiftsAug(nn.Module):
             ValueError: images not of four axes, or offsets of another shape.
         """
         if images.ndim != 4:
-            raise ValueError(f"expected images of shape (batch, channels, height, width), got {tuple(images.shape)}")
+            raise ValueError(f"images must have shape (batch, channels, height, width), got {tuple(images.shape)}")
         if shift is None:
             shift = self.draw(len(images), generator).to(images.device, non_blocking=True)
         return shift_images(images, shift, self.pad)
@@ -116,5 +116,5 @@ def shift_images_by_grid(images: Tensor, shift: Shaped[Tensor, "..."], pad: int)
 
 def _checked(shift: Tensor, count: int) -> Tensor:
     if tuple(shift.shape) != (count, 2):
-        raise ValueError(f"expected shifts of shape ({count}, 2), got {tuple(shift.shape)}")
+        raise ValueError(f"shift must have shape ({count}, 2), got {tuple(shift.shape)}")
     return shift

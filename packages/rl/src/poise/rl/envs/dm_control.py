@@ -1,6 +1,6 @@
 """Tasks of the DeepMind Control Suite as gymnasium environments: flat states, actions in [-1, 1], 1,000 steps.
 
-Tassa et al., DeepMind Control Suite, arXiv 1801.00690. An episode ends by its time limit only, which is a truncation; where a task
+Tassa et al., "DeepMind Control Suite", arXiv 1801.00690. An episode ends by its time limit only, which is a truncation; where a task
 itself ends an episode, its last discount says whether that is a termination.
 """
 
@@ -84,7 +84,7 @@ class DMControl(Env[np.ndarray, np.ndarray]):
         """
         given = np.asarray(action, np.float64)
         if given.shape != self.action_space.shape or np.abs(given).max() > 1 + 1e-5:
-            raise ValueError(f"expected an action of shape {self.action_space.shape} in [-1, 1], got {action}")
+            raise ValueError(f"action must have shape {self.action_space.shape} and lie in [-1, 1], got {action}")
         scaled = self._low + (given.clip(-1, 1) + 1) / 2 * (self._high - self._low)
         reward, discount = 0.0, 1.0
         for _ in range(self._repeat):

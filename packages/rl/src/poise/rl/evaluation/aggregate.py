@@ -1,6 +1,6 @@
 """How good is an algorithm, over seeds and tasks? The interquartile mean, with stratified bootstrap intervals.
 
-Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice, NeurIPS 2021, arXiv 2108.13264 (rliable).
+Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", NeurIPS 2021, arXiv 2108.13264 (rliable).
 
 >>> import numpy as np
 >>> interquartile_mean(np.array([[0.0], [1.0], [2.0], [100.0]]))
@@ -65,7 +65,7 @@ def bootstrap_interval(
         ValueError: no runs or tasks, or numbers out of range.
     """
     if scores.ndim != 2 or not scores.size:
-        raise ValueError(f"expected scores of shape (runs, tasks), got {scores.shape}")
+        raise ValueError(f"scores must have shape (runs, tasks), got {scores.shape}")
     if resamples < 1 or not 0 < confidence < 1:
         raise ValueError(f"expected resamples >= 1 and confidence in (0, 1), got {resamples} and {confidence}")
     runs, tasks = scores.shape

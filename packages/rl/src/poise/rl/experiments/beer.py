@@ -112,6 +112,9 @@ class Config:
     sample: int = 1_024
 
 
+# Environments and regularizers
+
+
 def make_env(config: Config, *, scaled: bool = True, horizon: int | None = None) -> Env[Any, Any]:
     """The environment, with rewards as an agent sees them; with a time limit of its own if a horizon is given."""
     kind, _, name = config.task.rpartition(":")

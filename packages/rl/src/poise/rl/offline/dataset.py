@@ -71,7 +71,7 @@ class OfflineDataset:
         for name, shape in shapes.items():
             column: Tensor = getattr(self, name)
             if tuple(column.shape) != shape:
-                raise ValueError(f"expected {name} of shape {shape}, got {tuple(column.shape)}")
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(column.shape)}")
             if column.is_floating_point() and not (finite := column.isfinite()).all():
                 row = int((~finite).nonzero()[0, 0])
                 raise ValueError(f"{name} must be finite, got {column[row].tolist()} at row {row}")

@@ -37,7 +37,7 @@ class StateNormalizer(nn.Module):
                 + ("" if observations.isfinite().all() else " with entries that are not finite")
             )
         if not eps > 0:
-            raise ValueError(f"eps must be above 0, or a constant dimension divides by zero; got {eps}")
+            raise ValueError(f"eps must be positive, or a constant dimension divides by zero; got {eps}")
         wide = observations.detach().double()
         self.register_buffer("mean", wide.mean(0).to(observations.dtype))
         self.register_buffer("scale", (wide.std(0, correction=0) + eps).to(observations.dtype))

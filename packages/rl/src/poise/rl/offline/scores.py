@@ -1,6 +1,6 @@
 """D4RL's normalised score: 0 is a random policy, 100 an expert.
 
-Fu et al., D4RL: Datasets for Deep Data-Driven Reinforcement Learning, arXiv 2004.07219.
+Fu et al., "D4RL: Datasets for Deep Data-Driven Reinforcement Learning", arXiv 2004.07219.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 r"""TD3 from a fixed log, with a regularizer of the policy: the update that TD3+BC and PRDC share.
 
-Fujimoto and Gu, A Minimalist Approach to Offline Reinforcement Learning, NeurIPS 2021, arXiv 2106.06860.
+Fujimoto and Gu, "A Minimalist Approach to Offline Reinforcement Learning", NeurIPS 2021, arXiv 2106.06860.
 
 .. math:: \min_\phi\; -\lambda\, \mathbb E\, Q_1(s, \pi_\phi(s)) + R(\pi_\phi), \qquad
           \lambda = \frac{\alpha}{\mathbb E\, |Q_1(s, \pi_\phi(s))|} \text{ (constant)}, \qquad

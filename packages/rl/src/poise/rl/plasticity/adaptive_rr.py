@@ -1,6 +1,6 @@
 r"""Adaptive RR: train little while the critic may lose its plasticity, and often once it has recovered.
 
-Ma et al., Revisiting Plasticity in Visual Reinforcement Learning: Data, Modules and Training Stages, ICLR 2024, arXiv 2310.07418.
+Ma et al., "Revisiting Plasticity in Visual Reinforcement Learning: Data, Modules and Training Stages", ICLR 2024, arXiv 2310.07418.
 
 The replay ratio (RR) is the number of gradient updates per step of the environment. With :math:`\bar\Phi_e` the mean fraction of
 active units of the critic over the updates of one episode, every 50 episodes

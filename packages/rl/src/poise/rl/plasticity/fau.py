@@ -5,7 +5,7 @@ r"""The fraction of active units (FAU): how much of a network still responds, re
 over all samples and all units of all ReLU outputs of a module M together, every pixel of a convolution's output being a unit: a layer
 counts by its number of units.
 
-Ma et al., Revisiting Plasticity in Visual Reinforcement Learning: Data, Modules and Training Stages, ICLR 2024, arXiv 2310.07418.
+Ma et al., "Revisiting Plasticity in Visual Reinforcement Learning: Data, Modules and Training Stages", ICLR 2024, arXiv 2310.07418.
 
 >>> import torch
 >>> from torch import nn

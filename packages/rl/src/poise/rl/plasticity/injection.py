@@ -1,6 +1,6 @@
 r"""Plasticity injection: new capacity to learn, without changing what a network computes.
 
-Nikishin et al., Deep Reinforcement Learning with Plasticity Injection, NeurIPS 2023, arXiv 2305.15555.
+Nikishin et al., "Deep Reinforcement Learning with Plasticity Injection", NeurIPS 2023, arXiv 2305.15555.
 
 .. math:: f_\theta(x) \;\to\; f_\theta(x) + f_{\theta_1}(x) - f_{\theta_2}(x), \qquad \theta_1 = \theta_2 \text{ fresh}
 

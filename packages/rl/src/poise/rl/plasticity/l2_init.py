@@ -1,6 +1,6 @@
 r"""L2-init: weight decay towards where training began, and not towards zero.
 
-Kumar, Marklund and Van Roy, Maintaining Plasticity in Continual Learning via Regenerative Regularization, arXiv 2308.11958.
+Kumar, Marklund and Van Roy, "Maintaining Plasticity in Continual Learning via Regenerative Regularization", arXiv 2308.11958.
 
 .. math:: \|\theta - \theta_0\|_2^2
 

@@ -3,7 +3,7 @@ r"""What is plasticity? The loss that a network still reaches on targets it has 
 Targets are values of random networks of the same kind on the same inputs, normalised, so that a fresh network does the same task. The
 network is first shifted to mean zero on the inputs: learning away an offset is no matter of plasticity.
 
-Lyle, Rowland and Dabney, Understanding and Preventing Capacity Loss in Reinforcement Learning, ICLR 2022, arXiv 2204.09560; heavy
+Lyle, Rowland and Dabney, "Understanding and Preventing Capacity Loss in Reinforcement Learning", ICLR 2022, arXiv 2204.09560; heavy
 priming: Nikishin et al., ICML 2022, arXiv 2205.07802, as used by Ma et al., ICLR 2024, arXiv 2310.07418.
 
 >>> import torch

@@ -1,6 +1,6 @@
 r"""ReDo: recycle dormant units.
 
-Sokar, Agarwal, Castro and Evci, The Dormant Neuron Phenomenon in Deep Reinforcement Learning, ICML 2023, arXiv 2302.12902.
+Sokar, Agarwal, Castro and Evci, "The Dormant Neuron Phenomenon in Deep Reinforcement Learning", ICML 2023, arXiv 2302.12902.
 
 The score of a unit i of a layer is its share of the layer's mean activity,
 

@@ -1,7 +1,7 @@
 """Begin again, in part: re-initialise a module, its last layers, or shrink it and add noise.
 
-Nikishin et al., The Primacy Bias in Deep Reinforcement Learning, ICML 2022, arXiv 2205.07802 (resets); Ash and Adams, On Warm-Starting
-Neural Network Training, NeurIPS 2020, arXiv 1910.08475 (shrink and perturb).
+Nikishin et al., "The Primacy Bias in Deep Reinforcement Learning", ICML 2022, arXiv 2205.07802 (resets); Ash and Adams, "On
+Warm-Starting Neural Network Training", NeurIPS 2020, arXiv 1910.08475 (shrink and perturb).
 
 >>> import torch
 >>> from torch import nn

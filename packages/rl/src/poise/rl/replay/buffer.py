@@ -135,7 +135,7 @@ class ReplayBuffer:
         if not math.isfinite(float(reward)):
             raise ValueError(f"rewards must be finite, got {reward} at row {self.written}")
         if np.shape(action) != self._action_shape:
-            raise ValueError(f"expected an action of shape {self._action_shape}, got {np.shape(action)}")
+            raise ValueError(f"action must have shape {self._action_shape}, got {np.shape(action)}")
         ended = bool(terminated or truncated)
         if self._age == 0:
             self._write_observation(observation)
@@ -244,7 +244,7 @@ class ReplayBuffer:
 
     def _write_observation(self, observation: np.ndarray) -> None:
         if observation.shape != self._shape:
-            raise ValueError(f"expected an observation of shape {self._shape}, got {observation.shape}")
+            raise ValueError(f"observation must have shape {self._shape}, got {observation.shape}")
         self._arrays["observation"][self.written % self._rows] = observation[self._newest]
 
     def _observation(self, row: Int64[Tensor, "batch"], age: Int64[Tensor, "batch"]) -> Tensor:

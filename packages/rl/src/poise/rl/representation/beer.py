@@ -220,9 +220,7 @@ class _Terms(NamedTuple):
 def _bound(norm: Tensor, next_norm: Tensor, terms: _Terms, norm_from: Tensor | None, eps: float) -> Tensor:
     """The bound, given the norms of the features."""
     if norm_from is not None and norm_from.shape != terms.next_features.shape:
-        raise ValueError(
-            f"expected norm_from of shape {tuple(terms.next_features.shape)}, got {tuple(norm_from.shape)}"
-        )
+        raise ValueError(f"norm_from must have shape {tuple(terms.next_features.shape)}, got {tuple(norm_from.shape)}")
     far = next_norm if norm_from is None else _norm(_wide(norm_from))
     least_return = terms.reward.square() / terms.head_weight.square().sum(-1).clamp_min(eps**2)
     numerator = norm.square() + (terms.gamma * far).square() - least_return
@@ -241,7 +239,7 @@ def _checked(
     weight = head_weight.unsqueeze(0) if head_weight.ndim == 1 else head_weight
     if weight.ndim != 2 or weight.shape[1] != width or weight.shape[0] not in (1, count):
         raise ValueError(
-            f"expected head_weight of shape ({width},), (1, {width}) or ({count}, {width}), got {tuple(head_weight.shape)}"
+            f"head_weight must have shape ({width},), (1, {width}) or ({count}, {width}), got {tuple(head_weight.shape)}"
         )
     if isinstance(gamma, Tensor):
         gamma = _wide(_flat(gamma, count, "gamma"))
@@ -252,7 +250,7 @@ def _checked(
 
 def _flat(values: Tensor, count: int, name: str) -> Tensor:
     if tuple(values.shape) not in ((count,), (count, 1)):
-        raise ValueError(f"expected {name} of shape ({count},) or ({count}, 1), got {tuple(values.shape)}")
+        raise ValueError(f"{name} must have shape ({count},) or ({count}, 1), got {tuple(values.shape)}")
     return values.reshape(count)
 
 

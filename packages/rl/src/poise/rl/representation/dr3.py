@@ -1,6 +1,6 @@
 r"""DR3: penalise the inner product of the representations of a state-action pair and its successor.
 
-Kumar et al., DR3: Value-Based Deep Reinforcement Learning Requires Explicit Regularization, ICLR 2022, arXiv 2112.04716.
+Kumar et al., "DR3: Value-Based Deep Reinforcement Learning Requires Explicit Regularization", ICLR 2022, arXiv 2112.04716.
 
 .. math:: R = \mathbb E\, \phi(s, a)^\top \phi(s', a')
 

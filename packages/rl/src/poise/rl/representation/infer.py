@@ -1,6 +1,6 @@
 r"""InFeR: keep a representation able to predict what random heads read from the network as it was at the beginning.
 
-Lyle, Rowland and Dabney, Understanding and Preventing Capacity Loss in Reinforcement Learning, ICLR 2022, arXiv 2204.09560.
+Lyle, Rowland and Dabney, "Understanding and Preventing Capacity Loss in Reinforcement Learning", ICLR 2022, arXiv 2204.09560.
 
 .. math:: R = \mathbb E\, \frac1k \sum_{i \le k} \big(g_i(\phi_\theta(s, a)) - c\, g^0_i(\phi_{\theta_0}(s, a))\big)^2
 
@@ -59,7 +59,7 @@ class InFeRRegularizer(Penalty):
     ) -> None:
         super().__init__(weight)
         if not isinstance(network, HasFeatures):
-            raise TypeError(f"expected a network with a method features(), got {type(network).__name__}")
+            raise TypeError(f"network must have a method features(), got {type(network).__name__}")
         self.initial = copy.deepcopy(network).requires_grad_(False)
         self.heads = nn.Linear(width, heads, bias=False).to(next(network.parameters()))
         self.initial_heads = copy.deepcopy(self.heads).requires_grad_(False)

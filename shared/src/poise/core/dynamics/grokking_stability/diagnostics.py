@@ -1,6 +1,6 @@
 r"""Is training stuck? Softmax collapse, and gradients that only scale the weights.
 
-Prieto, Barsbey, Mediano and Birdal, Grokking at the Edge of Numerical Stability, ICLR 2025, arXiv 2501.04697.
+Prieto, Barsbey, Mediano and Birdal, "Grokking at the Edge of Numerical Stability", ICLR 2025, arXiv 2501.04697.
 
 In floating-point numbers of type F the softmax of a sample has *collapsed* when its sum S = sum_k exp(z_k - max z) is exactly 1:
 what the other classes add is lost in rounding, and loss and gradient of a classified sample are exactly 0. For a single rival that

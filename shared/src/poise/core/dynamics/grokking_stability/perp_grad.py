@@ -1,6 +1,6 @@
 r"""perpGrad: keep gradient descent from lowering the loss by scaling the weights, which changes no prediction.
 
-Prieto, Barsbey, Mediano and Birdal, Grokking at the Edge of Numerical Stability, ICLR 2025, arXiv 2501.04697.
+Prieto, Barsbey, Mediano and Birdal, "Grokking at the Edge of Numerical Stability", ICLR 2025, arXiv 2501.04697.
 
     g_perp = g - <w, g> / <w, w> w,    g_out = ||g|| g_perp / ||g_perp||
 

@@ -1,6 +1,6 @@
 r"""StableMax: training past perfect accuracy drives softmax cross-entropy to an exact zero, where nothing is learned any more.
 
-Prieto, Barsbey, Mediano and Birdal, Grokking at the Edge of Numerical Stability, ICLR 2025, arXiv 2501.04697.
+Prieto, Barsbey, Mediano and Birdal, "Grokking at the Edge of Numerical Stability", ICLR 2025, arXiv 2501.04697.
 
     s(x) = x + 1 for x >= 0, 1 / (1 - x) for x < 0,    p_k = s(z_k) / sum_j s(z_j),    L = -log p_y
 

@@ -1,7 +1,8 @@
 r"""The algorithmic tasks on which grokking is studied: a few hundred samples, a rule behind them, and the rest to test on.
 
-Prieto, Barsbey, Mediano and Birdal, Grokking at the Edge of Numerical Stability, ICLR 2025, arXiv 2501.04697, who use the tasks of
-Power et al., Grokking, 2022, arXiv 2201.02177, and of Barak et al., Hidden Progress in Deep Learning, NeurIPS 2022, arXiv 2207.08799.
+Prieto, Barsbey, Mediano and Birdal, "Grokking at the Edge of Numerical Stability", ICLR 2025, arXiv 2501.04697, who use the tasks
+of Power et al., "Grokking", 2022, arXiv 2201.02177, and of Barak et al., "Hidden Progress in Deep Learning", NeurIPS 2022, arXiv
+2207.08799.
 
     modular arithmetic: (a, b) -> a + b, a b, a - b or a / b mod p        sparse parity: x in {0, 1}^n -> x_1 + ... + x_k mod 2
 

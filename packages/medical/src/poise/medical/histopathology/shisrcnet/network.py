@@ -1,7 +1,7 @@
 r"""SHISRCNet: classify what a low-resolution scanner sees, by way of the image that a better one would have seen.
 
-Xie, Li, Wang, Zhang, Chen, Shen and Wu, SHISRCNet: Super-resolution And Classification Network For Low-resolution Breast Cancer
-Histopathology Image, MICCAI 2023, arXiv 2306.14119.
+Xie, Li, Wang, Zhang, Chen, Shen and Wu, "SHISRCNet: Super-resolution And Classification Network For Low-resolution Breast Cancer
+Histopathology Image", MICCAI 2023, arXiv 2306.14119.
 
 A network G enlarges the image, a classifier C reads the result, and both train together, so that G restores what the decision needs.
 High-resolution images enter in training only: as the target of G, and as a second view for C:

@@ -1,6 +1,6 @@
 r"""Selective kernels: every channel chooses how far it looks. Backbone of the classifier.
 
-Li, Wang, Hu and Yang, Selective Kernel Networks, CVPR 2019, arXiv 1903.06586.
+Li, Wang, Hu and Yang, "Selective Kernel Networks", CVPR 2019, arXiv 1903.06586.
 """
 
 from collections.abc import Sequence

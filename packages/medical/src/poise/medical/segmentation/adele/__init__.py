@@ -1,6 +1,6 @@
 r"""ADELE: find when a segmentation network begins to memorise badly drawn masks, class by class, and correct the masks from then on.
 
-Liu, Liu, Zhu, Shen and Fernandez-Granda, Adaptive Early-Learning Correction for Segmentation from Noisy Annotations, CVPR 2022,
+Liu, Liu, Zhu, Shen and Fernandez-Granda, "Adaptive Early-Learning Correction for Segmentation from Noisy Annotations", CVPR 2022,
 arXiv 2110.03740.
 
 A network first learns the true shapes, then the annotator's mistakes, and each class reaches that point at its own time. Three parts:

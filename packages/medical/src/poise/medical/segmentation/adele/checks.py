@@ -55,7 +55,7 @@ def check_spatial(labels: Tensor, probs: Tensor) -> None:
     """
     if probs.ndim not in (4, 5) or probs.shape[1] < 2:
         raise ValueError(
-            f"expected (batch, classes, height, width) or (batch, classes, depth, height, width) with at least two classes, "
+            f"probs must be (batch, classes, height, width) or (batch, classes, depth, height, width) with at least two classes, "
             f"got {tuple(probs.shape)}"
         )
     if labels.shape != (probs.shape[0], *probs.shape[2:]):

@@ -164,7 +164,7 @@ class AdeleLoss(nn.Module):
         """
         _check_logits(logits_list)
         if len(logits_list) != self.scales:
-            raise ValueError(f"expected logits of {self.scales} scales, got {len(logits_list)}")
+            raise ValueError(f"logits_list must hold logits of {self.scales} scales, got {len(logits_list)}")
         check_spatial(labels, logits_list[0])
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             check_labels(labels, logits_list[0].shape[1], self.ignore_index)
@@ -205,5 +205,5 @@ def _check_logits(logits_list: Sequence[Tensor]) -> None:
     (shape,) = shapes
     if len(shape) not in (4, 5):
         raise ValueError(
-            f"expected logits (batch, classes, height, width) or (batch, classes, depth, height, width), got {shape}"
+            f"logits must be (batch, classes, height, width) or (batch, classes, depth, height, width), got {shape}"
         )

@@ -57,7 +57,7 @@ def multiscale_forward(
     """
     if x.ndim not in _MODES:
         raise ValueError(
-            f"expected (batch, channels, height, width) or (batch, channels, depth, height, width), got {tuple(x.shape)}"
+            f"x must be (batch, channels, height, width) or (batch, channels, depth, height, width), got {tuple(x.shape)}"
         )
     if not scales or not all(scale > 0 for scale in scales):
         raise ValueError(f"scales must be positive numbers, at least one, got {tuple(scales)}")
