@@ -1,4 +1,4 @@
-"""The experiment of ELR: every arm trains, resumes and reads the published files."""
+"""The ELR experiment: every arm trains, and the published files are read."""
 
 from collections.abc import Callable
 from dataclasses import replace

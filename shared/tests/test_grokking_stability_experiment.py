@@ -1,4 +1,4 @@
-"""The experiment takes real steps in every arm and preset, and its measurements are what they say."""
+"""The grokking stability experiment: every arm and preset takes real steps, and its measurements are what they say."""
 
 from dataclasses import replace
 from pathlib import Path

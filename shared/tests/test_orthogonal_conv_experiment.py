@@ -1,4 +1,4 @@
-"""The experiment on orthogonal convolutions takes real steps, on bundled images and on the published formats."""
+"""The orthogonal convolution experiment: real steps on bundled images and on the published formats."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The experiment of PS-KD: every arm trains, and the published files are read."""
+"""The PS-KD experiment: every arm trains, and the published files are read."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The experiment on companded weights takes real steps, on bundled images and on the published formats."""
+"""The Weight Compander experiment: real steps on bundled images and on the published formats."""
 
 from collections.abc import Callable
 from dataclasses import replace
