@@ -103,7 +103,7 @@ def test_skeleton_fails_until_it_is_filled(workspace: Path) -> None:
     )
     assert run.returncode == 1, run.stdout
     assert " passed" not in run.stdout
-    assert "5 failed" in run.stdout
+    assert "6 failed" in run.stdout
     assert MARKER in run.stdout
 
 

@@ -1,4 +1,4 @@
-"""What ELR adds to a training step: ResNet-18 on small images, and an ImageNet-sized memory, whole and compressed.
+"""Cost of ELR in a training step: ResNet-18 on small images, and an ImageNet-sized memory, whole and compressed.
 
 The plain step is cross-entropy; both steps include forward, backward and the optimizer. ``cleanlab`` finds label errors from
 predictions too, after training and with cross-validation; it is no peer of the loss.

@@ -1,4 +1,4 @@
-"""What core/grokking-stability costs: perpGrad on a training step and on the optimizer alone, StableMax against cross-entropy."""
+"""Cost of perpGrad on a training step and on the optimizer alone, and of StableMax against cross-entropy."""
 
 from collections.abc import Callable, Iterable
 from functools import partial

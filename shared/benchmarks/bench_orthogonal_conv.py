@@ -1,4 +1,4 @@
-"""What the orthogonality penalty costs, and against other ways to compute the same numbers.
+"""Cost of the orthogonality penalty in a training step, and against other ways to compute the same numbers.
 
 Peers: the correlation of the kernel with itself in space, as released with Wang et al. 2020 (with the padding that the theory
 needs); their older form by the layer's response to unit images; the singular values by NumPy as published by Sedghi et al.

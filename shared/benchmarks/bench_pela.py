@@ -1,4 +1,4 @@
-"""What low-rank layers save, what the intermediate stage costs, and both against the forms in the authors' code.
+"""Cost of PELA: what low-rank layers save, what the intermediate stage takes, and both against the forms in the authors' code.
 
 Peers: NumPy's decomposition with full matrices, as the authors initialise; the thin and the randomised ones of PyTorch; and the
 perturbation term with a dense backward pass, as they write it.

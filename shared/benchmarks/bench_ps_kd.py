@@ -1,4 +1,4 @@
-"""What PS-KD adds to a training step: ResNet-18 on small images, and an ImageNet-sized memory, whole and compressed.
+"""Cost of PS-KD in a training step: ResNet-18 on small images, and an ImageNet-sized memory, whole and compressed.
 
 The plain step is cross-entropy with label smoothing; both steps include forward, backward and the optimizer. The peers compute the
 same numbers: the cross-entropy with probabilities of PyTorch, and the calibration error of torchmetrics.

@@ -1,4 +1,4 @@
-"""What SORSA costs, against peft's LoRA and PiSSA of the same rank and the form in which it was released.
+"""Cost of SORSA, against peft's LoRA and PiSSA of the same rank and the form in which it was released.
 
 The released form builds the dense matrix ``(U * S) @ V`` in every forward pass, so that autograd forms the dense weight gradient, too.
 """

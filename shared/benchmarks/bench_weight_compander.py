@@ -1,4 +1,4 @@
-"""What companded weights cost in a training step, and against other reparametrizations.
+"""Cost of companded weights in a training step, and against other reparametrizations.
 
 Peers: the same formula as an ordinary parametrization, whose gradient autograd derives (``a * atan(v / b)``), and PyTorch's own
 ``weight_norm``. All of them leave the function of the network as it is, so that the outputs can be compared.

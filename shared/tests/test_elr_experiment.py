@@ -1,6 +1,6 @@
-"""The experiment of ELR: every arm trains, resumes and reads the published files."""
+"""The ELR experiment: every arm trains, and the published files are read."""
 
-import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,27 +59,16 @@ def test_noise_of_cifar100_is_in_its_groups() -> None:
     assert torch.equal(noisy(labels, 100, "asymmetric", 0.4, seed=0) // 5, labels // 5)
 
 
-def write_cifar10(folder: Path, images: int) -> None:
-    """The Python version of CIFAR-10 with fewer images per file."""
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    names = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
-    for name in names:
-        pixels = generator.integers(0, 256, (images, 3072), dtype=np.uint8)
-        content = {b"data": pixels, b"labels": generator.integers(0, 10, images).tolist()}
-        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    meta = {b"label_names": [f"class{number}".encode() for number in range(10)]}
-    (folder / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
-
-
 def narrow(config: Config, classes: int, dropout: float = 0.0) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(3072, classes))
 
 
 @pytest.mark.parametrize("arm", ["elr", "elr_plus"])
 @pytest.mark.parametrize("preset", ["paper", "cifar10-asymmetric"])
-def test_published_presets_read_cifar(preset: str, arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_cifar10(tmp_path / "cifar-10-batches-py", images=4)
+def test_published_presets_read_cifar(
+    preset: str, arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_cifar: Callable[[Path, int], None]
+) -> None:
+    write_cifar(tmp_path / "cifar-10-batches-py", images=4)
     monkeypatch.setattr(elr, "build", narrow)
     config = replace(EXPERIMENT.presets[preset], batch=9, epochs=1, epochs_plus=1)
     metrics = EXPERIMENT.run(config, arm, Run.scratch(tmp_path / "run", data=tmp_path))

@@ -1,4 +1,4 @@
-"""The experiment takes real steps in every arm and preset, and its measurements are what they say."""
+"""The grokking stability experiment: every arm and preset takes real steps, and its measurements are what they say."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from poise.core.experiments import grokking_stability as experiment
 from poise.core.experiments.grokking_stability import EXPERIMENT, Config
+from poise.core.experiments.grokking_stability_measures import fidelity, first, squared_error
 from poise.core.lab.run import ArmResult, Run
 
 TINY = Config(p=11, steps=4, long_steps=6, measure_every=2)
@@ -57,8 +58,8 @@ def test_arms_see_the_same_data_and_start_from_the_same_weights(tmp_path: Path) 
 def test_squared_error_is_that_of_pytorch() -> None:
     logits, labels = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 2, 0])
     expected = F.mse_loss(logits, F.one_hot(labels, 3).float())
-    torch.testing.assert_close(experiment.squared_error(logits, labels), expected)
-    torch.testing.assert_close(experiment.squared_error(logits, labels, reduction="none").mean(), expected)
+    torch.testing.assert_close(squared_error(logits, labels), expected)
+    torch.testing.assert_close(squared_error(logits, labels, reduction="none").mean(), expected)
 
 
 def test_fidelity_falls_when_the_loss_collapses() -> None:
@@ -66,13 +67,13 @@ def test_fidelity_falls_when_the_loss_collapses() -> None:
     labels = torch.tensor([0, 1])
     for scale, faithful in ((1.0, True), (18.0, False)):
         logits = scale * weight.T
-        cosine = experiment.fidelity(F.cross_entropy, logits, labels, torch.float32, [weight])
+        cosine = fidelity(F.cross_entropy, logits, labels, torch.float32, [weight])
         assert (cosine.item() > 0.999) is faithful
 
 
 def test_first_hit_is_found_and_a_missing_one_is_the_last_index() -> None:
-    assert experiment.first(torch.tensor([False, True, True])) == 1
-    assert experiment.first(torch.tensor([False, False, False])) == 2
+    assert first(torch.tensor([False, True, True])) == 1
+    assert first(torch.tensor([False, False, False])) == 2
 
 
 def test_steps_that_are_not_measured_are_refused() -> None:

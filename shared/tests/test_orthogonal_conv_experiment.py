@@ -1,9 +1,9 @@
-"""The experiment on orthogonal convolutions takes real steps, on bundled images and on the published formats."""
+"""The orthogonal convolution experiment: real steps on bundled images and on the published formats."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -59,19 +59,8 @@ def test_landscape_covers_both_regimes_and_both_obstacles() -> None:
     assert regimes == {True, False}
 
 
-def write_cifar10(folder: Path, images: int) -> None:
-    """The binary version of CIFAR-10: per image one byte of label and 3,072 of pixels."""
-    random = np.random.default_rng(0)
-    folder.mkdir()
-    (folder / "batches.meta.txt").write_text("\n".join(f"class{index}" for index in range(10)) + "\n\n")
-    for name in [f"data_batch_{number}.bin" for number in range(1, 6)] + ["test_batch.bin"]:
-        table = random.integers(256, size=(images, 3073), dtype=np.uint8)
-        table[:, 0] %= 10
-        table.tofile(folder / name)
-
-
-def test_paper_preset_reads_the_published_format(tmp_path: Path) -> None:
-    write_cifar10(tmp_path / "cifar-10-batches-bin", images=2)
+def test_paper_preset_reads_the_published_format(tmp_path: Path, write_cifar: Callable[[Path, int], None]) -> None:
+    write_cifar(tmp_path / "cifar-10-batches-bin", images=2)
     config = replace(
         EXPERIMENT.presets["paper"],
         network="allconv",
@@ -96,17 +85,11 @@ def test_paper_preset_reads_the_published_format(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "imagenet"])
-def test_published_settings_take_real_steps(preset: str, tmp_path: Path) -> None:
-    from PIL import Image
-
-    write_cifar10(tmp_path / "cifar-10-batches-bin", images=4)
-    random = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for name in ("n01440764", "n02102040"):
-            (tmp_path / part / name).mkdir(parents=True)
-            for number in range(2):
-                pixels = random.integers(256, size=(300, 400, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / part / name / f"{number}.JPEG")
+def test_published_settings_take_real_steps(
+    preset: str, tmp_path: Path, write_cifar: Callable[[Path, int], None], write_image_folders: Callable[..., None]
+) -> None:
+    write_cifar(tmp_path / "cifar-10-batches-bin", images=4)
+    write_image_folders(tmp_path)
     config = replace(
         EXPERIMENT.presets[preset], epochs=1, batch=4, attacked=2, attack_steps=1, workers=0, spectrum_every=100
     )

@@ -1,4 +1,4 @@
-"""The PELA experiment takes real steps on digits, on text with the pretrained encoder, and on folders of images."""
+"""The PELA experiment: real steps on digits, on text with the pretrained encoder, and on folders of images."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""The experiment of PS-KD: every arm trains, and the published files are read."""
+"""The PS-KD experiment: every arm trains, and the published files are read."""
 
-import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,42 +66,23 @@ def test_rank_correlation_is_one_for_increasing_and_minus_one_for_decreasing() -
     assert spearman(x, -x.pow(3)) == pytest.approx(-1)
 
 
-def write_cifar100(folder: Path, images: int) -> None:
-    """The Python version of CIFAR-100 with few images."""
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for name in ("train", "test"):
-        content = {
-            b"data": generator.integers(0, 256, (images, 3072), dtype=np.uint8),
-            b"fine_labels": generator.integers(0, 100, images).tolist(),
-        }
-        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    names = {b"fine_label_names": [f"class{number}".encode() for number in range(100)]}
-    (folder / "meta").write_bytes(pickle.dumps(names, protocol=2))
-
-
-def write_folders(folder: Path) -> None:
-    """ImageNet's layout: a folder per class for each split; more classes than predictions are remembered."""
-    from PIL import Image
-
-    generator = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for label in range(20):
-            directory = folder / part / f"n{label:08d}"
-            directory.mkdir(parents=True)
-            Image.fromarray(generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(directory / "0.JPEG")
-
-
 def narrow(config: Config, classes: int) -> nn.Sequential:
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, classes))
 
 
 @pytest.mark.parametrize("preset", ["paper", "imagenet"])
-def test_published_presets_read_their_files(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_presets_read_their_files(
+    preset: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write_cifar: Callable[[Path, int], None],
+    write_image_folders: Callable[..., None],
+) -> None:
     if preset == "paper":
-        write_cifar100(tmp_path / "cifar-100-python", images=20)
+        write_cifar(tmp_path / "cifar-100-python", images=20)
     else:
-        write_folders(tmp_path)
+        # more classes than predictions are remembered
+        write_image_folders(tmp_path, classes=20, images=1, size=(40, 48))
     monkeypatch.setattr(ps_kd, "build", narrow)
     assert EXPERIMENT.presets[preset].epochs >= 90
     config = replace(EXPERIMENT.presets[preset], size=32, batch=10, epochs=2)

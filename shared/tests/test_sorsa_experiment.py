@@ -1,4 +1,4 @@
-"""The experiment on SORSA takes real steps: on digits, on text, and on the published formats with a language model."""
+"""The SORSA experiment: real steps on digits, on text, and on the published formats with a language model."""
 
 import json
 from dataclasses import replace

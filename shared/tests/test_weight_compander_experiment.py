@@ -1,9 +1,9 @@
-"""The experiment on companded weights takes real steps, on bundled images and on the published formats."""
+"""The Weight Compander experiment: real steps on bundled images and on the published formats."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -75,20 +75,11 @@ def test_participation_tells_equal_weights_from_a_dominating_one() -> None:
     assert weight_metrics([single], 0.01) == {"participation": 0.25, "near_zero": 0.75, "largest_weight": 5.0}
 
 
-def write_cifar10(folder: Path, images: int) -> None:
-    """The binary version of CIFAR-10: per image one byte of label and 3,072 of pixels."""
-    random = np.random.default_rng(0)
-    folder.mkdir()
-    (folder / "batches.meta.txt").write_text("\n".join(f"class{index}" for index in range(10)) + "\n\n")
-    for name in [f"data_batch_{number}.bin" for number in range(1, 6)] + ["test_batch.bin"]:
-        table = random.integers(256, size=(images, 3073), dtype=np.uint8)
-        table[:, 0] %= 10
-        table.tofile(folder / name)
-
-
 @pytest.mark.parametrize("arm", ["decay", "decay_learned"])
-def test_paper_preset_reads_the_published_format(arm: str, tmp_path: Path) -> None:
-    write_cifar10(tmp_path / "cifar-10-batches-bin", images=2)
+def test_paper_preset_reads_the_published_format(
+    arm: str, tmp_path: Path, write_cifar: Callable[[Path, int], None]
+) -> None:
+    write_cifar(tmp_path / "cifar-10-batches-bin", images=2)
     config = replace(EXPERIMENT.presets["paper"], epochs=1, batch=5, workers=0)
     metrics = EXPERIMENT.run(config, arm, Run.scratch(tmp_path / "run", data=tmp_path))
     assert 0 <= metrics["accuracy"] <= 1
@@ -97,16 +88,8 @@ def test_paper_preset_reads_the_published_format(arm: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_imagenet_preset_takes_real_steps(tmp_path: Path) -> None:
-    from PIL import Image
-
-    random = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for name in ("n01440764", "n02102040"):
-            (tmp_path / part / name).mkdir(parents=True)
-            for number in range(2):
-                pixels = random.integers(256, size=(300, 400, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / part / name / f"{number}.JPEG")
+def test_imagenet_preset_takes_real_steps(tmp_path: Path, write_image_folders: Callable[..., None]) -> None:
+    write_image_folders(tmp_path)
     config = replace(EXPERIMENT.presets["imagenet"], epochs=1, batch=4, workers=0)
     metrics = EXPERIMENT.run(config, "decay_slope_1", Run.scratch(tmp_path / "run", data=tmp_path))
     assert metrics["share_of_bound"] < 1

@@ -1,4 +1,4 @@
-"""The experiment of sparse OT, on few steps."""
+"""The sparse OT experiment: every arm of both studies takes steps, and the published format is read."""
 
 from dataclasses import replace
 

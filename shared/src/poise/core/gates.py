@@ -140,8 +140,11 @@ def gumbel_sigmoid(
     noise: Float[Tensor, "..."] | None = None,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "..."]:
-    r"""A relaxed draw of independent binary gates (binary concrete), :math:`\sigma((\ell + \epsilon) / \tau)`, with
-    :math:`\epsilon` standard logistic, the difference of two Gumbel draws.
+    r"""A relaxed draw of independent binary gates (binary concrete).
+
+    .. math:: \sigma\big((\ell + \epsilon) / \tau\big)
+
+    with :math:`\epsilon` standard logistic, the difference of two Gumbel draws.
 
     Args:
         logits: log-odds of an open gate.

@@ -106,8 +106,10 @@ class LowRankDelta(Delta):
 
     @torch.no_grad()
     def misfit(self, pretrained: Float[Tensor, "outputs inputs"]) -> float:
-        """See :meth:`Delta.misfit`: the relative distance of what was taken, over its scale, from the projection of the weight on
-        its row space."""
+        """See :meth:`Delta.misfit`.
+
+        It is the relative distance of what was taken, over its scale, from the projection of the weight on its row space.
+        """
         if self.taken_up is None or self.taken_down is None:
             return 0.0
         rows = pretrained if self.rows is None else pretrained[slice(*self.rows)]

@@ -57,6 +57,8 @@ def faces() -> Dataset:
 
 @cache
 def _table(name: str) -> np.ndarray:
-    """A file of whole numbers up to 255, the label last. Kept in memory: parsing takes longer than a small
-    experiment's epoch."""
+    """A file of whole numbers up to 255, the label last.
+
+    Kept in memory: parsing takes longer than a small experiment's epoch.
+    """
     return np.loadtxt(wheel_file(*FILES[name]), delimiter=",").astype(np.uint8)

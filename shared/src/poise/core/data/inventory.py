@@ -34,8 +34,10 @@ class Bundled:
 
 
 def bundled() -> list[Bundled]:
-    """Every data set that ``poise.core.data`` can load, and whether its file is here. Reads no data and imports no
-    package."""
+    """Every data set that ``poise.core.data`` can load, and whether its file is here.
+
+    Reads no data and imports no package.
+    """
     files = {name: [place] for name, place in {**images.FILES, **tables.FILES, **pictures.FILES, **scans.FILES}.items()}
     files["photograph_crops"] = [pictures.FILES[name] for name in pictures.PHOTOGRAPHS]
     files["histology_tiles"] = [pictures.FILES["histology"]]

@@ -30,8 +30,7 @@ def wine() -> Dataset:
 
 
 def diabetes() -> Dataset:
-    """Disease progression one year after baseline: 442 patients x 10 measurements (not standardised), a number to
-    predict."""
+    """Disease progression one year after baseline, a number, from 10 measurements (not standardised) of 442 patients."""
     return _dataset(
         "diabetes",
         licence="not stated",

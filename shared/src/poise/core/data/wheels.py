@@ -8,8 +8,10 @@ DISTRIBUTIONS = {"mlxtend": "mlxtend", "pydicom": "pydicom", "skimage": "scikit-
 
 
 class MissingDataError(ImportError):
-    """The package that ships the data is not installed, or its wheel does not hold the file. The message says what
-    to install."""
+    """The package that ships the data is not installed, or its wheel does not hold the file.
+
+    The message says what to install.
+    """
 
 
 def wheel_file(package: str, path: str) -> Path:

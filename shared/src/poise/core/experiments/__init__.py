@@ -1,1 +1,1 @@
-"""Experiments."""
+"""Experiments of poise.core, one readable file per method."""

@@ -120,7 +120,7 @@ CIFAR10 = Config(
 
 
 def load(config: Config, run: Run) -> tuple[ImageSplit, Tensor]:
-    """Training images with their true labels, test images, and the labels to learn from; the same for all arms of a seed."""
+    """Training images with their true labels, test images, and the labels to learn from, the same for all arms of a seed."""
     if config.data == "cifar":
         split = run.load(read_cifar)
         assert isinstance(split.train, InMemory)  # CIFAR is not read from image files

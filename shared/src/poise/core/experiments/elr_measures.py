@@ -1,4 +1,4 @@
-"""What the experiment of ELR measures after every epoch, and its figure."""
+"""What the ELR experiment measures after every epoch, and its figure."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING

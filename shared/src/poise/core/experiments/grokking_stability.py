@@ -16,7 +16,7 @@ Presets: ``quick``, addition modulo 59; ``paper``, modulo 113 (multiplication wi
 parity. All data are generated.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -31,6 +31,7 @@ from poise.core.dynamics.grokking_stability.perp_grad import PerpGrad
 from poise.core.dynamics.grokking_stability.stablemax import stablemax_cross_entropy
 from poise.core.dynamics.grokking_stability.tasks import ModularArithmetic, Operation, SparseParity, Split
 from poise.core.experiments import grokking_stability_figures as figures
+from poise.core.experiments.grokking_stability_measures import Loss, fidelity, first, squared_error
 from poise.core.functional import l1
 from poise.core.lab import ArmResult, Claim, Experiment, Run
 
@@ -145,14 +146,6 @@ def network(config: Config, alpha: float) -> nn.Module:
 
 # Training
 
-Loss = Callable[..., Tensor]
-
-
-def squared_error(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Per sample and class, as torch averages it."""
-    error = (logits - F.one_hot(labels, logits.shape[-1])).square().mean(-1)
-    return error if reduction == "none" else error.mean()
-
 
 LOSSES: dict[str, Loss] = {"softmax": F.cross_entropy, "stablemax": stablemax_cross_entropy, "squared": squared_error}
 
@@ -227,15 +220,6 @@ def measure(setup: Arm, model: nn.Module, x: Tensor, y: Tensor, data: Split) -> 
     return {key: float(value) for key, value in measured.items()}
 
 
-def fidelity(loss_of: Loss, logits: Tensor, y: Tensor, precision: torch.dtype, weights: Sequence[Tensor]) -> Tensor:
-    """The cosine of the gradient with the one that the same loss has in float64."""
-    computed, exact = (
-        torch.autograd.grad(loss_of(logits.to(dtype), y), weights, retain_graph=True)
-        for dtype in (precision, torch.float64)
-    )
-    return -nlm_cosine(exact, computed)
-
-
 @torch.no_grad()
 def right_answers(config: Config, model: nn.Module, device: torch.device) -> Tensor:
     """Which entries of the whole table of the operation the network knows."""
@@ -258,11 +242,6 @@ def summary(config: Config, setup: Arm, curves: dict[str, Tensor]) -> dict[str, 
     if setup.loss == "softmax" and (setup.long or setup.precision != torch.float32):
         metrics["collapse_step"] = first(curves["collapsed"] > 0.5) * config.measure_every
     return metrics
-
-
-def first(hits: Tensor) -> float:
-    """Index of the first hit; the last index if there is none."""
-    return float(hits.double().argmax()) if hits.any() else len(hits) - 1.0
 
 
 def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:

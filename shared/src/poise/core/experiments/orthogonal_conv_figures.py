@@ -1,4 +1,4 @@
-"""Figures of the experiment on orthogonal convolutions."""
+"""Figures of the orthogonal convolution experiment."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING

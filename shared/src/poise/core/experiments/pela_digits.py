@@ -53,7 +53,7 @@ class DigitTransformer(nn.Module):
 
 
 def digit_problem(config: "Config", run: Run) -> Problem:
-    """A transformer trained on digits; the same for all arms of a seed."""
+    """A transformer trained on digits, the same for all arms of a seed."""
     train, test = digits().split(test=0.2, seed=run.seed)
     images = InMemory.of(train)
     per_pass = steps_per_epoch(images, config.batch)

@@ -1,4 +1,4 @@
-"""What the experiment of PS-KD measures of gradients, and its figure."""
+"""What the PS-KD experiment measures of gradients, and its figure."""
 
 import math
 from collections.abc import Mapping

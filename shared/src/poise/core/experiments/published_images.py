@@ -336,7 +336,7 @@ def evaluation_batches(images: Images, batch: int, device: torch.device, count: 
 
 @lru_cache(maxsize=2)
 def visiting_order(seed: int, epoch: int, count: int) -> Int[Tensor, " count"]:
-    """The order in which an epoch visits its examples; the same for all arms of a seed."""
+    """The order in which an epoch visits its examples, the same for all arms of a seed."""
     return torch.randperm(count, generator=derive_generator(seed, "order", epoch))
 
 

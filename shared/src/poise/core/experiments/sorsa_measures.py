@@ -59,8 +59,9 @@ def at_equal_loss(history: Float[Tensor, "points 3"], loss: float) -> tuple[floa
 
 @torch.no_grad()
 def triplet_metrics(model: nn.Module, singular_values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of the trained triplets: the penalty, how far the lengths of the vectors are from 1, how much S changed, and the condition
-    number of the principal part.
+    """What became of the trained triplets.
+
+    The penalty, how far the lengths of the vectors are from 1, how much S changed, and the condition number of the principal part.
 
     Args:
         model: the tuned network.

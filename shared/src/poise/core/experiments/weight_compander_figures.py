@@ -1,4 +1,4 @@
-"""Figures of the experiment on companded weights."""
+"""Figures of the Weight Compander experiment."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING

@@ -67,8 +67,9 @@ def stable_rank(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "
 
 
 def effective_rank(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch"]:
-    r"""The number of directions that carry the spectrum, :math:`\exp(-\sum_i p_i \log p_i)` with
-    :math:`p_i = \sigma_i / \sum_j \sigma_j`.
+    r"""The number of directions that carry the spectrum.
+
+    .. math:: \exp\Big(-\sum_i p_i \log p_i\Big), \qquad p_i = \sigma_i / \sum_j \sigma_j
 
     Rows as they are: subtract their mean first to measure features around their mean. Singular values that are zero
     to rounding count as zero, with gradient 0 (the true slope there is infinite).

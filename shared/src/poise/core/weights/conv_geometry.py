@@ -81,8 +81,10 @@ class ConvGeometry:
 
     @property
     def lattice(self) -> tuple[int, ...]:
-        """Distance in taps at which two taps can meet: two places of the output are multiples of S apart, two taps of the
-        dilation, so taps meet at multiples of S / gcd(S, dilation). Without dilation, the stride."""
+        """Distance in taps at which two taps can meet; without dilation, the stride.
+
+        Two places of the output are multiples of S apart, two taps of the dilation, so taps meet at multiples of S / gcd(S, dilation).
+        """
         return tuple(s // math.gcd(s, d) for s, d in zip(self.stride, self.dilation, strict=True))
 
     @property

@@ -1,1 +1,1 @@
-"""Experiments of poise.medical, one file per method."""
+"""Experiments of poise.medical, one readable file per method."""

@@ -130,7 +130,7 @@ class Config:
 
 
 def load(config: Config, arm: Arm, run: Run) -> Task:
-    """Images and masks; the same for all arms of a seed but for ``dilated``."""
+    """Images and masks, the same for all arms of a seed but for ``dilated``."""
     if config.data == "digits":
         return digit_masks(run.seed, config.digits, config.train, config.test, "dilated" if arm.dilated else "mixed")
 

@@ -134,7 +134,7 @@ class Config:
 
 
 def load(config: Config, run: Run) -> BagSplit:
-    """The bags; the same for all arms of a seed."""
+    """The bags, the same for all arms of a seed."""
     if config.data == "digits":
         return digit_bags(run.seed, config.train, config.test, config.instances, config.positives)
     if config.data == "histology":

@@ -1,4 +1,4 @@
-"""The bags of the experiment: of digits, of tiles of one histology picture, and of slides as files of features."""
+"""The bags of the AEM experiment: of digits, of tiles of one histology picture, and of slides as files of features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

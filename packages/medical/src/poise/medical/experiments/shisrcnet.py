@@ -141,7 +141,7 @@ class Config:
 
 
 def load(config: Config, run: Run) -> Tissue:
-    """The images; the same for all arms of a seed."""
+    """The images, the same for all arms of a seed."""
     if config.data == "histology":
         return picture_tissue(config.hr_size, config.crops, run.seed)
 

@@ -1,1 +1,1 @@
-"""Experiments."""
+"""Experiments of poise.ot, one readable file per method."""

@@ -92,7 +92,7 @@ class Study(ABC):
 
     @abstractmethod
     def tasks(self, run: Run) -> list[Task]:
-        """The data; drawn from ``run.generator``, so the same for every arm."""
+        """The data, the same for all arms of a seed: drawn from ``run.generator``."""
 
 
 @dataclass(frozen=True, kw_only=True)

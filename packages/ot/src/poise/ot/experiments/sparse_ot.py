@@ -80,7 +80,7 @@ class Problem:
 
 
 def palettes(config: ColourTransfer, run: Run) -> Problem:
-    """Both palettes; the same for every arm of a seed."""
+    """Both palettes, the same for all arms of a seed."""
     source, a = palette(config, config.source_picture, run)
     target, b = palette(config, config.target_picture, run)
     return Problem(source, target, a, b, torch.cdist(source, target).square())

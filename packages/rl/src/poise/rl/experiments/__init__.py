@@ -1,1 +1,1 @@
-"""One readable experiment per method."""
+"""Experiments of poise.rl, one readable file per method."""
