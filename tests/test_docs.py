@@ -10,7 +10,7 @@ import pytest
 import refresh_results
 import result_tables
 
-from poise.core.catalog import Method
+from poise.core.catalog import Headline, Method
 from poise.core.lab.catalogs import installed
 
 ROOT = Path(refresh_results.ROOT)
@@ -27,6 +27,14 @@ GAP = Method(
     api=("poise.ot.gap", "poise.ot.Gap"),
     presets=("quick", "paper"),
     arms=("baseline", "gap"),
+    headline=Headline(
+        promise="the map is nearer to the best one",
+        metric="exact_gap",
+        arm="gap",
+        step="n = 1,024",
+        peer="ott-jax",
+        peer_case="n = 1,024",
+    ),
     paper="A. Author, Gaps, ICML 2023",
     url="https://example.org/gaps",
     bibtex="@inproceedings{gaps,\n  title = {Gaps},\n}",
@@ -145,6 +153,20 @@ def test_method_page_holds_everything_about_the_method(workspace: Path) -> None:
         assert part in page, part
 
 
+def test_page_and_counts_hold_the_claims_of_every_preset(workspace: Path) -> None:
+    refuted = CLAIM | {"verdict": "refuted", "metric": "long_run"}
+    for name, content in {"paper.json": json.dumps(VERDICT | {"claims": [refuted]}), "paper.png": "picture"}.items():
+        (workspace / f"docs/results/ot/gap.{name}").write_text(content)
+    pages = rendered(workspace, GAP)
+    page = pages["docs/methods/ot/gap.md"]
+    assert "### Verdicts of the preset `paper` over 5 seeds" in page
+    assert "](../../results/ot/gap.paper.png)" in page
+    assert "`uv run poise verify ot/gap --preset paper --seeds 5`" in page
+    assert "| `long_run` is lower with `gap`" in page
+    assert "3 claims: 1 holds, 1 undecided, 1 refuted." in pages["README.md"]
+    assert "| 1 of 3\N{NO-BREAK SPACE}hold, 1\N{NO-BREAK SPACE}refuted |" in pages["docs/index.md"]
+
+
 def test_method_without_results_says_so(workspace: Path) -> None:
     page = rendered(workspace, replace(GAP, slug="bare", presets=("quick",)))["docs/methods/ot/bare.md"]
     assert "No verdict is published yet." in page
@@ -161,17 +183,19 @@ def test_method_of_the_core_installs_the_core_alone(workspace: Path) -> None:
 
 def test_tables_link_to_the_method_from_where_they_stand(workspace: Path) -> None:
     pages = rendered(workspace, GAP)
-    claim = "`exact_gap` is lower with `gap` than with `baseline`, by more than 10×: 61.2× [40×, 92.5×]"
-    row = f"{claim} | 1 holds, 1 undecided"
-    assert f"| [Gap](docs/methods/ot/gap.md) | {row} | 1.5–2.3× | 3.4× ott-jax 0.6.0 |" in pages["README.md"]
-    assert f"| [Gap](./methods/ot/gap.md) | {row}" in pages["docs/index.md"]
-    assert "[![](./results/ot/gap.png)](./methods/ot/gap.md)" in pages["docs/index.md"]
-    assert "[![](../results/ot/gap.png)](../methods/ot/gap.md)" in pages["docs/methods/index.md"]
+    row = "the map is nearer to the best one | **61.2×** [40×,\N{NO-BREAK SPACE}92.5×] | ✓ holds | 1 of 2\N{NO-BREAK SPACE}hold"
+    assert f"| [Gap](docs/methods/ot/gap.md) | {row} | 2.3× | 3.4× ott-jax |" in pages["README.md"]
+    assert f"| [Gap](./methods/ot/gap.md) | {row} | 2.3× | 3.4× ott-jax |" in pages["docs/index.md"]
+    assert f"| [Gap](./methods/ot/gap.md) | {row} | 2.3× | 3.4× ott-jax |" in pages["docs/results.md"]
+    assert (
+        "[![What the experiment of Gap shows](../results/ot/gap.png)](../methods/ot/gap.md)"
+        in pages["docs/methods/index.md"]
+    )
     assert (
         "| Learn a map for a cost of my choice. | [Gap](./methods/ot/gap.md) | a term to add to the loss |"
         in pages["docs/choose.md"]
     )
-    assert "1 method: 1 holds, 1 undecided." in pages["docs/results.md"]
+    assert "1 method, 1 of them verified so far; 2 claims: 1 holds, 1 undecided." in pages["docs/results.md"]
     assert "`ot/gap` Gap" in pages["packages/ot/README.md"]
     assert "No method has landed" in pages["packages/rl/README.md"]
 
@@ -181,6 +205,74 @@ def test_usage_of_the_featured_method_greets_the_reader(workspace: Path) -> None
     pages = rendered(workspace, GAP, replace(GAP, package=package, slug=slug, usage="import featured"))
     assert "```python\nimport featured\n```" in pages["README.md"]
     assert "```python\nimport featured\n```" in pages["docs/index.md"]
+
+
+def test_pictures_that_greet_the_reader_are_there_and_say_what_to_see(workspace: Path) -> None:
+    name = next(iter(refresh_results.SHOWN))
+    package, slug = name.split("/")
+    (workspace / "docs/results" / package).mkdir(exist_ok=True)
+    (workspace / f"docs/results/{name}.png").write_text("picture")
+    pages = rendered(workspace, GAP, replace(GAP, package=package, slug=slug))
+    for page, docs in (("README.md", "docs"), ("docs/index.md", ".")):
+        assert f"({docs}/results/{name}.png)]({docs}/methods/{name}.md)" in pages[page]
+        assert refresh_results.SHOWN[name] in pages[page]
+        assert f"uv run poise run {name}\n" in pages[page]
+        assert f"{docs}/results/ot/gap.png" not in pages[page]
+    assert all((ROOT / f"docs/results/{name}.png").is_file() for name in refresh_results.SHOWN)
+
+
+def test_results_list_what_did_not_hold_and_fold_the_rest(workspace: Path) -> None:
+    page = rendered(workspace, GAP)["docs/results.md"]
+    open_ones = page.partition("<!-- begin unproven -->")[2].partition("<!-- end unproven -->")[0]
+    row = "`error` is lower with `gap` than with `baseline` | 61.2 [40,\N{NO-BREAK SPACE}92.5] | · undecided |"
+    assert f"| [Gap](./methods/ot/gap.md) | {row}" in open_ones
+    assert "✓ holds" not in open_ones
+    for summary in ("Claims: 1 holds, 1 undecided", "Time and memory: 2 cases", "Other implementations: 1 comparison"):
+        assert f"<details markdown>\n<summary>{summary}</summary>\n\n|" in page
+
+
+@pytest.mark.parametrize("method", installed().values(), ids=lambda method: method.name)
+def test_headline_names_what_was_verified_and_timed(method: Method) -> None:
+    results = result_tables.read(method, ROOT / "docs")
+    assert (results.headline is None) == (method.headline.preset not in results.verdicts)
+    assert (results.step is None) == (results.cost is None)
+    assert (results.peer is None) == (results.cost is None or not results.cost["peers"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"metric": "nothing"}, r"ot/gap: the headline \('nothing', 'gap', 'baseline'\) is not among"),
+        ({"step": "n = 3"}, r"ot/gap: the catalog names \{'name': 'n = 3'\}, which is not among the cases"),
+        ({"peer_case": "n = 3"}, "which is not among the peers of the benchmark"),
+    ],
+)
+def test_headline_that_is_not_there_is_named(workspace: Path, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rendered(workspace, replace(GAP, headline=replace(GAP.headline, **wrong)))
+
+
+@pytest.mark.parametrize(
+    ("headline", "claim", "text"),
+    [
+        ({}, {}, "**61.2×** [40×, 92.5×]"),
+        (
+            {"unit": "points", "factor": 100.0},
+            {"scale": "difference", "direction": "higher", "effect": 0.0123, "ci": [-1e-7, 0.5]},
+            "**+1.23** points [−1e-05, 50]",
+        ),
+        ({}, {"scale": "difference", "effect": 2.0, "ci": [1.0, 4.0]}, "**−2** [−4, −1]"),
+        ({}, {"scale": "difference", "effect": -2.0, "ci": [-4.0, -1.0], "verdict": "refuted"}, "**+2** [1, 4]"),
+        ({"versus": None}, {"scale": "difference", "versus": None, "effect": 2.0, "ci": [1.0, 4.0]}, "**2** [1, 4]"),
+    ],
+)
+def test_headline_is_measured_in_the_direction_of_the_metric(
+    headline: dict[str, Any], claim: dict[str, Any], text: str
+) -> None:
+    method = replace(GAP, headline=replace(GAP.headline, **headline))
+    verdicts = {"quick": VERDICT | {"claims": [CLAIM | claim]}}
+    results = result_tables.Results(method, verdicts, cost=None, figures=(), notes=False)
+    assert result_tables.measured(results).replace("\N{NO-BREAK SPACE}", " ") == text
 
 
 def test_hand_written_text_around_blocks_is_kept(workspace: Path) -> None:
