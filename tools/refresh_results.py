@@ -3,8 +3,8 @@
     uv run python tools/refresh_results.py            write
     uv run python tools/refresh_results.py --check    say what is out of date and exit with 1
 
-Written are a page per method (docs/methods/<package>/<slug>.md) and the blocks between ``<!-- begin NAME -->`` and
-``<!-- end NAME -->`` in the READMEs and in docs/. Everything else in those files is written by hand.
+Written are a page per method (docs/methods/<package>/<slug>.md), the drawing of the architecture, and the blocks between
+``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in the READMEs and in docs/. Everything else in those files is written by hand.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import architecture
+from drawing import svg
 from method_page import FORMS, as_sentence, method_page, python_block
 from result_tables import (
     Results,
@@ -121,7 +123,7 @@ def summary(everything: Sequence[Results], docs: str) -> str:
         for r in everything
     ]
     header = ("method", "the paper promises", "measured", "verdict", "all claims", "step", "speed against")
-    return f"{_total(everything)}\n\n{table(header, rows)}"
+    return f'{_total(everything)}\n\n<div class="glance" markdown>\n\n{table(header, rows)}\n\n</div>'
 
 
 def unproven(everything: Sequence[Results], docs: str) -> str:
@@ -195,6 +197,7 @@ def _member_readmes() -> dict[str, dict[str, Block]]:
 BLOCKS: Mapping[str, Mapping[str, Block]] = {
     "README.md": {"usage": usage, "figures": figures, "results": summary},
     "docs/index.md": {"usage": usage, "figures": figures, "results": summary},
+    "docs/architecture.md": {"packages": architecture.packages, "walk": architecture.walk},
     "docs/choose.md": {"choose": choose},
     "docs/results.md": {"summary": summary, "unproven": unproven, "details": details},
     "docs/methods/index.md": {"gallery": gallery},
@@ -210,6 +213,7 @@ def render(root: Path, everything: Sequence[Results]) -> dict[Path, str]:
         ValueError: a file lacks the markers of a block.
     """
     pages = {_page(root, r): method_page(r) for r in everything}
+    pages[root / "docs/assets/architecture.svg"] = svg()
     for name, blocks in BLOCKS.items():
         path = root / name
         docs = os.path.relpath(root / "docs", path.parent) + "/"
