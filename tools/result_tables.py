@@ -207,7 +207,7 @@ def in_short(results: Results) -> str:
     """How many of the claims hold: ``5 of 7 hold, 1 refuted``; the rest is undecided."""
     verdicts = [claim["verdict"] for claim in results.claims]
     refuted = f", {verdicts.count('refuted')}{NBSP}refuted" if "refuted" in verdicts else ""
-    return f"{verdicts.count('holds')} of {len(verdicts)}{NBSP}hold{refuted}" if verdicts else "–"
+    return f"{verdicts.count('holds')}{NBSP}of{NBSP}{len(verdicts)}{NBSP}hold{refuted}" if verdicts else "–"
 
 
 def step_cost(results: Results) -> str:
@@ -257,4 +257,4 @@ def _minus(text: str) -> str:
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return "–"
-    return f"{number(fmean(values))} ± {number(stdev(values))}" if len(values) > 1 else number(values[0])
+    return f"{number(fmean(values))}{NBSP}±{NBSP}{number(stdev(values))}" if len(values) > 1 else number(values[0])
