@@ -319,6 +319,22 @@ def test_check_finds_changed_and_orphaned_pages_and_writing_mends_them(
             "`exact_gap` is higher with `gap` than with `baseline`",
             "0.0123 [-1e-05, 0.5]",
         ),
+        ({"margin": 0.5}, "`exact_gap` with `gap` is less than 2× that with `baseline`", "61.2× [40×, 92.5×]"),
+        (
+            {"margin": 0.5, "direction": "higher"},
+            "`exact_gap` with `gap` is more than 0.5× that with `baseline`",
+            "61.2× [40×, 92.5×]",
+        ),
+        (
+            {"scale": "difference", "direction": "higher", "margin": -0.01},
+            "`exact_gap` is not lower with `gap` than with `baseline` by 0.01 or more",
+            "61.2 [40, 92.5]",
+        ),
+        (
+            {"scale": "difference", "margin": -0.01},
+            "`exact_gap` is not higher with `gap` than with `baseline` by 0.01 or more",
+            "61.2 [40, 92.5]",
+        ),
         (
             {"scale": "difference", "versus": None, "margin": 1234.5, "effect": 1000.0, "ci": [999.0, 1001.0]},
             "`exact_gap` of `gap` is at most 1,234",

@@ -18,6 +18,7 @@ import architecture
 from drawing import svg
 from method_page import FORMS, as_sentence, method_page, python_block
 from result_tables import (
+    NBSP,
     Results,
     badge,
     cases_table,
@@ -279,7 +280,7 @@ def _cards(group: Sequence[Results], docs: str) -> str:
 
 
 def _showcase(r: Results, caption: str, docs: str) -> str:
-    verdict = f" {badge(r.headline['verdict'])}" if r.headline else ""
+    verdict = " " + badge(r.headline["verdict"]).replace(" ", NBSP) if r.headline else ""
     text = [
         f"**{_link(r, docs)}**",
         caption,

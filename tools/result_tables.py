@@ -127,6 +127,12 @@ def sentence(claim: dict[str, Any]) -> str:
     margin = _in_scale(claim["margin"], claim)
     if claim["versus"] is None:
         return f"{metric} of {arm} is at {'least' if claim['direction'] == 'higher' else 'most'} {margin}"
+    if claim.get("scale") == "ratio" and claim["margin"] < 1:
+        most = f"less than {_times(1 / claim['margin'])}" if claim["direction"] == "lower" else f"more than {margin}"
+        return f"{metric} with {arm} is {most} that with `{claim['versus']}`"
+    if claim["margin"] < 0:
+        worse = "lower" if claim["direction"] == "higher" else "higher"
+        return f"{metric} is not {worse} with {arm} than with `{claim['versus']}` by {number(-claim['margin'])} or more"
     least = f", by more than {margin}" if claim["margin"] else ""
     return f"{metric} is {claim['direction']} with {arm} than with `{claim['versus']}`{least}"
 
