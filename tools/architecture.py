@@ -84,8 +84,8 @@ def packages(everything: Sequence[Results], docs: str) -> str:
         own = [f"poise-{other}" for one, other in sorted(between) if one == package]
         libraries = [name for name in _requires(package) if name not in own]
         titles = [f"[{m.title}]({docs}methods/{m.name}.md)" for m in installed().values() if m.package == package]
-        rows.append((f"`poise-{package}`", ", ".join(own) or "–", ", ".join(libraries), "; ".join(titles) or "–"))
-    return table(("package", "depends on", "and on", "methods"), rows)
+        rows.append((f"`poise-{package}`", "; ".join(titles) or "–", ", ".join(own) or "–", ", ".join(libraries)))
+    return table(("package", "methods", "depends on", "and on"), rows)
 
 
 def walk(everything: Sequence[Results], docs: str) -> str:
