@@ -117,7 +117,7 @@ def _steps() -> Iterator[tuple[str, str]]:
         ({name for name in direct | below if part(name) == "core"}, "and blocks of the core."),
     ):
         if names:
-            yield "`, `".join(sorted(names)), what
+            yield "`<br>`".join(sorted(names)), what
     yield f"{_checked(method.experiment, 'EXPERIMENT')}.compare", "Draws the figures that need several arms."
     for module, name, what in AFTERWARDS:
         yield _checked(f"poise.core.lab.{module}", name), what
