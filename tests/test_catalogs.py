@@ -78,6 +78,19 @@ def test_a_record_is_filled_in(method: Method) -> None:
 
 
 @every_method
+def test_the_headline_is_an_outcome_claim_of_the_experiment(method: Method) -> None:
+    headline = method.headline
+    wanted = (headline.metric, headline.arm, headline.versus)
+    found = [
+        claim
+        for claim in experiment(method).claims
+        if (claim.metric, claim.arm, claim.versus) == wanted and headline.preset in claim.presets
+    ]
+    assert [claim.kind for claim in found] == ["outcome"]
+    assert not (headline.unit and found[0].scale == "ratio"), "a ratio has no unit"
+
+
+@every_method
 def test_the_api_names_public_objects_that_say_what_they_are(method: Method) -> None:
     for name in method.api:
         module, _, attribute = name.rpartition(".")

@@ -1,7 +1,6 @@
 """The generated part of the documentation says what the catalogs and the result files say, and is up to date."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 import refresh_results
 import result_tables
 
-from poise.core.catalog import Method
+from poise.core.catalog import Headline, Method
 from poise.core.lab.catalogs import installed
 
 ROOT = Path(refresh_results.ROOT)
@@ -27,6 +26,14 @@ GAP = Method(
     api=("poise.ot.gap", "poise.ot.Gap"),
     presets=("quick", "paper"),
     arms=("baseline", "gap"),
+    headline=Headline(
+        promise="the map is nearer to the best one",
+        metric="exact_gap",
+        arm="gap",
+        step="n = 1,024",
+        peer="ott-jax",
+        peer_case="n = 1,024",
+    ),
     paper="A. Author, Gaps, ICML 2023",
     url="https://example.org/gaps",
     bibtex="@inproceedings{gaps,\n  title = {Gaps},\n}",
@@ -132,7 +139,7 @@ def test_method_page_holds_everything_about_the_method(workspace: Path) -> None:
         "Verdicts over 5 seeds",
         "| mechanism | `exact_gap` is lower with `gap` than with `baseline`, by more than 10× | 61.2× [40×, 92.5×] |",
         "- `exact_gap` of `gap`: holds on every seed",
-        "| `exact_gap` | 2 ± 0.707 | 0.02 ± 0.00707 |",
+        "| `exact_gap` | 2\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.707 | 0.02\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.00707 |",
         "(123 s; python 3.11.9, torch 2.15.0)",
         "| n = 256 | 2 ms | 3 ms | 1.5× | 1.25 MB | – |",
         "| ott-jax 0.6.0 | n = 1,024 | 10 ms | 34 ms | 3.4× | 2.5e-07 |",
@@ -143,6 +150,20 @@ def test_method_page_holds_everything_about_the_method(workspace: Path) -> None:
         "```bibtex\n@inproceedings{gaps,",
     ):
         assert part in page, part
+
+
+def test_page_and_counts_hold_the_claims_of_every_preset(workspace: Path) -> None:
+    refuted = CLAIM | {"verdict": "refuted", "metric": "long_run"}
+    for name, content in {"paper.json": json.dumps(VERDICT | {"claims": [refuted]}), "paper.png": "picture"}.items():
+        (workspace / f"docs/results/ot/gap.{name}").write_text(content)
+    pages = rendered(workspace, GAP)
+    page = pages["docs/methods/ot/gap.md"]
+    assert "### Verdicts of the preset `paper` over 5 seeds" in page
+    assert "](../../results/ot/gap.paper.png)" in page
+    assert "`uv run poise verify ot/gap --preset paper --seeds 5`" in page
+    assert "| `long_run` is lower with `gap`" in page
+    assert "3 claims: 1 holds, 1 undecided, 1 refuted." in pages["README.md"]
+    assert "| 1 of 3 hold, 1 refuted |" in pages["docs/index.md"].replace("\N{NO-BREAK SPACE}", " ")
 
 
 def test_method_without_results_says_so(workspace: Path) -> None:
@@ -161,17 +182,18 @@ def test_method_of_the_core_installs_the_core_alone(workspace: Path) -> None:
 
 def test_tables_link_to_the_method_from_where_they_stand(workspace: Path) -> None:
     pages = rendered(workspace, GAP)
-    claim = "`exact_gap` is lower with `gap` than with `baseline`, by more than 10×: 61.2× [40×, 92.5×]"
-    row = f"{claim} | 1 holds, 1 undecided"
-    assert f"| [Gap](docs/methods/ot/gap.md) | {row} | 1.5–2.3× | 3.4× ott-jax 0.6.0 |" in pages["README.md"]
-    assert f"| [Gap](./methods/ot/gap.md) | {row}" in pages["docs/index.md"]
-    assert "[![](./results/ot/gap.png)](./methods/ot/gap.md)" in pages["docs/index.md"]
-    assert "[![](../results/ot/gap.png)](../methods/ot/gap.md)" in pages["docs/methods/index.md"]
+    row = "the map is nearer to the best one | **61.2×** [40×, 92.5×] | ✓ holds | 1 of 2 hold | 2.3× | 3.4× ott-jax |"
+    for page, docs in (("README.md", "docs"), ("docs/index.md", "."), ("docs/results.md", ".")):
+        assert f"| [Gap]({docs}/methods/ot/gap.md) | {row}" in pages[page].replace("\N{NO-BREAK SPACE}", " ")
+    assert (
+        "[![What the experiment of Gap shows](../results/ot/gap.png)](../methods/ot/gap.md)"
+        in pages["docs/methods/index.md"]
+    )
     assert (
         "| Learn a map for a cost of my choice. | [Gap](./methods/ot/gap.md) | a term to add to the loss |"
         in pages["docs/choose.md"]
     )
-    assert "1 method: 1 holds, 1 undecided." in pages["docs/results.md"]
+    assert "1 method, 1 of them verified so far; 2 claims: 1 holds, 1 undecided." in pages["docs/results.md"]
     assert "`ot/gap` Gap" in pages["packages/ot/README.md"]
     assert "No method has landed" in pages["packages/rl/README.md"]
 
@@ -181,6 +203,74 @@ def test_usage_of_the_featured_method_greets_the_reader(workspace: Path) -> None
     pages = rendered(workspace, GAP, replace(GAP, package=package, slug=slug, usage="import featured"))
     assert "```python\nimport featured\n```" in pages["README.md"]
     assert "```python\nimport featured\n```" in pages["docs/index.md"]
+
+
+def test_pictures_that_greet_the_reader_are_there_and_say_what_to_see(workspace: Path) -> None:
+    name = next(iter(refresh_results.SHOWN))
+    package, slug = name.split("/")
+    (workspace / "docs/results" / package).mkdir(exist_ok=True)
+    (workspace / f"docs/results/{name}.png").write_text("picture")
+    pages = rendered(workspace, GAP, replace(GAP, package=package, slug=slug))
+    for page, docs in (("README.md", "docs"), ("docs/index.md", ".")):
+        assert f"({docs}/results/{name}.png)]({docs}/methods/{name}.md)" in pages[page]
+        assert refresh_results.SHOWN[name] in pages[page]
+        assert f"uv run poise run {name}\n" in pages[page]
+        assert f"{docs}/results/ot/gap.png" not in pages[page]
+    assert all((ROOT / f"docs/results/{name}.png").is_file() for name in refresh_results.SHOWN)
+
+
+def test_results_list_what_did_not_hold_and_fold_the_rest(workspace: Path) -> None:
+    page = rendered(workspace, GAP)["docs/results.md"]
+    open_ones = page.partition("<!-- begin unproven -->")[2].partition("<!-- end unproven -->")[0]
+    row = "`error` is lower with `gap` than with `baseline` | 61.2 [40,\N{NO-BREAK SPACE}92.5] | · undecided |"
+    assert f"| [Gap](./methods/ot/gap.md) | {row}" in open_ones
+    assert "✓ holds" not in open_ones
+    for summary in ("Claims: 1 holds, 1 undecided", "Time and memory: 2 cases", "Other implementations: 1 comparison"):
+        assert f"<details markdown>\n<summary>{summary}</summary>\n\n|" in page
+
+
+@pytest.mark.parametrize("method", installed().values(), ids=lambda method: method.name)
+def test_headline_names_what_was_verified_and_timed(method: Method) -> None:
+    results = result_tables.read(method, ROOT / "docs")
+    assert (results.headline is None) == (method.headline.preset not in results.verdicts)
+    assert (results.step is None) == (results.cost is None)
+    assert (results.peer is None) == (results.cost is None or not results.cost["peers"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"metric": "nothing"}, r"ot/gap: the headline \('nothing', 'gap', 'baseline'\) is not among"),
+        ({"step": "n = 3"}, r"ot/gap: the catalog names \{'name': 'n = 3'\}, which is not among the cases"),
+        ({"peer_case": "n = 3"}, "which is not among the peers of the benchmark"),
+    ],
+)
+def test_headline_that_is_not_there_is_named(workspace: Path, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rendered(workspace, replace(GAP, headline=replace(GAP.headline, **wrong)))
+
+
+@pytest.mark.parametrize(
+    ("headline", "claim", "text"),
+    [
+        ({}, {}, "**61.2×** [40×, 92.5×]"),
+        (
+            {"unit": "points", "factor": 100.0},
+            {"scale": "difference", "direction": "higher", "effect": 0.0123, "ci": [-1e-7, 0.5]},
+            "**+1.23** points [−1e-05, 50]",
+        ),
+        ({}, {"scale": "difference", "effect": 2.0, "ci": [1.0, 4.0]}, "**−2** [−4, −1]"),
+        ({}, {"scale": "difference", "effect": -2.0, "ci": [-4.0, -1.0], "verdict": "refuted"}, "**+2** [1, 4]"),
+        ({"versus": None}, {"scale": "difference", "versus": None, "effect": 2.0, "ci": [1.0, 4.0]}, "**2** [1, 4]"),
+    ],
+)
+def test_headline_is_measured_in_the_direction_of_the_metric(
+    headline: dict[str, Any], claim: dict[str, Any], text: str
+) -> None:
+    method = replace(GAP, headline=replace(GAP.headline, **headline))
+    verdicts = {"quick": VERDICT | {"claims": [CLAIM | claim]}}
+    results = result_tables.Results(method, verdicts, cost=None, figures=(), notes=False)
+    assert result_tables.measured(results).replace("\N{NO-BREAK SPACE}", " ") == text
 
 
 def test_hand_written_text_around_blocks_is_kept(workspace: Path) -> None:
@@ -228,6 +318,22 @@ def test_check_finds_changed_and_orphaned_pages_and_writing_mends_them(
             "`exact_gap` is higher with `gap` than with `baseline`",
             "0.0123 [-1e-05, 0.5]",
         ),
+        ({"margin": 0.5}, "`exact_gap` with `gap` is less than 2× that with `baseline`", "61.2× [40×, 92.5×]"),
+        (
+            {"margin": 0.5, "direction": "higher"},
+            "`exact_gap` with `gap` is more than 0.5× that with `baseline`",
+            "61.2× [40×, 92.5×]",
+        ),
+        (
+            {"scale": "difference", "direction": "higher", "margin": -0.01},
+            "`exact_gap` is not lower with `gap` than with `baseline` by 0.01 or more",
+            "61.2 [40, 92.5]",
+        ),
+        (
+            {"scale": "difference", "margin": -0.01},
+            "`exact_gap` is not higher with `gap` than with `baseline` by 0.01 or more",
+            "61.2 [40, 92.5]",
+        ),
         (
             {"scale": "difference", "versus": None, "margin": 1234.5, "effect": 1000.0, "ci": [999.0, 1001.0]},
             "`exact_gap` of `gap` is at most 1,234",
@@ -247,82 +353,3 @@ def test_claims_are_put_into_words(claim: dict[str, Any], sentence: str, effect:
 
 def test_bar_in_a_cell_does_not_end_the_cell() -> None:
     assert result_tables.table(("a",), [("|x|",)]).splitlines()[-1] == "| \\|x\\| |"
-
-
-NOTES = (
-    "Which part to use",
-    "Practical advice",
-    "Where paper and released code differ",
-    "How it is computed",
-    "What the experiment shows",
-)
-
-
-@pytest.mark.parametrize("notes", sorted(ROOT.glob("docs/methods/*/*.notes.md")), ids=lambda path: path.name)
-def test_notes_belong_to_a_method_and_start_at_the_second_level(notes: Path) -> None:
-    assert f"{notes.parent.name}/{notes.name.removesuffix('.notes.md')}" in installed()
-    text = re.sub(r"```.*?```", "", notes.read_text(encoding="utf-8"), flags=re.DOTALL)
-    headings = re.findall(r"^(#+) ", text, flags=re.MULTILINE)
-    assert text.startswith("## "), "begin with a heading of the second level: the page's title is above"
-    assert "#" not in headings
-    sections = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
-    assert sections == [name for name in NOTES if name in sections], "the sections of all notes, in one order"
-    assert {*NOTES} - {*sections} <= {"How it is computed"}
-
-
-def test_site_lists_every_method_and_loads_nothing_from_outside() -> None:
-    pytest.importorskip("mkdocs", reason="the group docs is not installed")
-    import mkdocs_hooks
-    from mkdocs.config import load_config
-    from mkdocs.exceptions import PluginError
-
-    config = mkdocs_hooks.on_config(load_config(str(ROOT / "mkdocs.yml"), nav=[{"Methods": ["methods/index.md"]}]))
-    assert config.nav is not None
-    groups = [pages for group in config.nav[0]["Methods"][1:] for pages in group.values()]
-    listed = {title: page for pages in groups for entry in pages for title, page in entry.items()}
-    assert listed == {method.title: f"methods/{name}.md" for name, method in installed().items()}
-
-    badge = mkdocs_hooks.on_page_content("<td>✗ refuted</td><td>a ✓ holds</td>")
-    assert badge == '<td><span class="verdict refuted">✗ refuted</span></td><td>a ✓ holds</td>'
-
-    page = type("Page", (), {"file": type("File", (), {"src_uri": "index.md"})})
-    inside = '<a href="https://example.org">paper</a><script src="assets/math.js"></script>'
-    assert mkdocs_hooks.on_post_page(inside, page=page) == inside
-    with pytest.raises(PluginError, match=r"index\.md would load from outside"):
-        mkdocs_hooks.on_post_page('<script defer src="https://cdn.example.org/x.js"></script>', page=page)
-    styles = [path.read_text(encoding="utf-8") for path in (ROOT / "docs/assets").rglob("*.css")]
-    assert not any(re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style) for style in styles)
-
-
-def test_docstrings_become_markdown() -> None:
-    pytest.importorskip("griffe", reason="the group docs is not installed")
-    from griffe_docstrings import markdown
-
-    docstring = r"""The size :math:`|x|` of ``x``; see :meth:`~poise.core.Penalty.step`.
-
-.. math:: |x| =
-    \sqrt{x^2}
-
->>> abs(-1)
-1
-
-Source:
-    A. Author,
-    section 2.
-"""
-    expected = r"""The size $|x|$ of ``x``; see `poise.core.Penalty.step`.
-
-
-$$
-|x| =
-\sqrt{x^2}
-$$
-
-
-```pycon
->>> abs(-1)
-1
-```
-
-**Source:** A. Author, section 2."""
-    assert markdown(docstring) == expected

@@ -78,11 +78,14 @@ class Plan:
         names = self.source / "__init__.pyi"
         catalog, samples = self.source / "catalog.py", self.member / "tests/samples.py"
         known = _read(samples) if samples.exists() else self.fill("samples.py.txt")
+        listed = _read(catalog)
+        if self.package != "core":  # whose catalog defines the records
+            listed = add_imports(listed, "from poise.core.catalog import Headline, Method\n")
         public = [f"from {module} import {name} as {name}\n" for name in (self.class_name, self.name)]
         imports = f"from poise.core.testing import Sample, randn\nfrom poise.{self.package} import {self.class_name}\n"
         return {
             names: _read(names) + "".join(public),
-            catalog: append(_read(catalog), "METHODS", self.fill("catalog_entry.py.txt"), catalog),
+            catalog: append(listed, "METHODS", self.fill("catalog_entry.py.txt"), catalog),
             samples: add_imports(append(known, "SAMPLES", self.fill("sample_entry.py.txt"), samples), imports),
         }
 

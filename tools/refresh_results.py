@@ -3,26 +3,30 @@
     uv run python tools/refresh_results.py            write
     uv run python tools/refresh_results.py --check    say what is out of date and exit with 1
 
-Written are a page per method (docs/methods/<package>/<slug>.md) and the blocks between ``<!-- begin NAME -->`` and
-``<!-- end NAME -->`` in the READMEs and in docs/. Everything else in those files is written by hand.
+Written are a page per method (docs/methods/<package>/<slug>.md), the drawing of the architecture, and the blocks between
+``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in the READMEs and in docs/. Everything else in those files is written by hand.
 """
 
 import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import architecture
+from drawing import svg
+from method_page import FORMS, as_sentence, method_page, python_block
 from result_tables import (
+    NBSP,
     Results,
-    arms_table,
     badge,
     cases_table,
     claims_table,
     effect,
-    environment,
-    number,
+    figure_name,
+    in_short,
+    measured,
     peer_speed,
     peers_table,
     read,
@@ -32,7 +36,6 @@ from result_tables import (
     tally,
 )
 
-from poise.core.catalog import Method
 from poise.core.lab.catalogs import installed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,89 +51,27 @@ FIELDS = {
 }
 """What each member is about, in the order in which the documentation lists them."""
 
-FORMS = {
-    "penalty": "a term to add to the loss",
-    "loss": "a loss",
-    "solver": "a function to call",
-    "layer": "a layer",
-    "parametrization": "a parametrization of weights",
-    "optimizer": "an optimizer",
-    "adapter": "an adapter for a pretrained model",
-    "training": "a training procedure",
-    "network": "a network",
-}
-"""What a user holds in hand, by ``Method.kind``."""
-
 FEATURED = "ot/monge-gap"
 """The method whose usage greets a reader."""
 
+SHOWN = {
+    "ot/monge-gap": (
+        "The colours of the flower go to the temple. A map that only has to fit (top right) mixes up which colour belongs where; "
+        "with the Monge gap (second row) light stays light and dark stays dark."
+    ),
+    "core/elr": (
+        "Half of the training labels are redrawn at random. Plain training (blue) learns the wrong ones by heart and forgets what it "
+        "knew; ELR (red) and ELR+ (violet) do not."
+    ),
+    "core/grokking-stability": (
+        "Each square is the table of all sums modulo a prime, blue where the network is right. Without perpGrad it knows what it "
+        "was trained on and little else; with perpGrad it fills the table."
+    ),
+}
+"""The methods whose pictures greet a reader, and what to see in them."""
+
 Block = Callable[[Sequence[Results], str], str]
 """Text of a block from all results and the way from its file to docs/, such as ``./`` or ``docs/``."""
-
-
-def method_page(results: Results) -> str:
-    """The whole page of one method."""
-    method = results.method
-    member = "shared" if method.package == "core" else f"packages/{method.package}"
-    parts = [
-        "<!-- Written by tools/refresh_results.py from the catalog, docs/results and the notes beside this page. -->",
-        f"# {method.title}",
-        f"**{_sentence(method.problem)}** {_sentence(method.summary)}",
-        f"{_chips(method)}\n{{ .chips }}",
-        f"$$\n{method.formula.strip()}\n$$",
-        "## Use it",
-        _python(method.usage),
-        f"From a checkout: `pip install ./shared{'' if member == 'shared' else f' ./{member}'}`.",
-        "## See it work",
-        *_experiment(results),
-        *_cost(results),
-    ]
-    if results.notes:
-        parts.append(f'--8<-- "docs/methods/{method.package}/{method.slug}.notes.md"')
-    parts += ["## API", *(f"::: {name}\n    options:\n      show_source: true" for name in method.api)]
-    parts += ["## Paper", f"[{method.paper}]({method.url})", f"```bibtex\n{method.bibtex.strip()}\n```"]
-    return "\n\n".join(parts) + "\n"
-
-
-def _experiment(results: Results) -> Iterator[str]:
-    method = results.method
-    if results.figure:
-        yield f"![What the experiment of {method.title} shows](../../results/{method.package}/{method.slug}.png)"
-    yield f"```sh\nuv run poise run {method.name}\n```"
-    paper = (
-        " `--preset paper --data DIR` runs the published settings on the published data."
-        if "paper" in method.presets
-        else ""
-    )
-    yield (
-        f"The arms {_words(method.arms)} run on real data that ships with the packages.{paper} "
-        f"`uv run poise info {method.name}` lists every setting."
-    )
-    if results.verdict is None:
-        yield "No verdict is published yet."
-        return
-    seeds = len(results.verdict["seeds"])
-    yield f"### Verdicts over {seeds} seeds"
-    yield claims_table(results.claims)
-    yield "### Measured, mean ± standard deviation over seeds"
-    yield arms_table(results.verdict["arms"])
-    yield (
-        f"Reproduce with `uv run poise verify {method.name} --seeds {seeds}` "
-        f"({number(results.verdict['seconds'])} s; {environment(results.verdict['environment'])})."
-    )
-
-
-def _cost(results: Results) -> Iterator[str]:
-    yield "## What it costs"
-    if results.cost is None:
-        yield "No benchmark is published yet."
-        return
-    if results.cost["cases"]:
-        yield cases_table(results.cost["cases"])
-    if results.cost["peers"]:
-        yield "Against other implementations of the same computation:"
-        yield peers_table(results.cost["peers"])
-    yield f"Calls that are compared ran in turns in one process ({environment(results.cost['environment'])})."
 
 
 def choose(everything: Sequence[Results], docs: str) -> str:
@@ -141,7 +82,7 @@ def choose(everything: Sequence[Results], docs: str) -> str:
         lambda group: table(
             ("your problem", "use", "which is", "what it does"),
             [
-                (_sentence(r.method.problem), _link(r, docs), FORMS[r.method.kind], _sentence(r.method.summary))
+                (as_sentence(r.method.problem), _link(r, docs), FORMS[r.method.kind], as_sentence(r.method.summary))
                 for r in group
             ],
         ),
@@ -154,67 +95,84 @@ def gallery(everything: Sequence[Results], docs: str) -> str:
 
 
 def figures(everything: Sequence[Results], docs: str) -> str:
-    """Cards of the first three methods that have a figure."""
-    chosen = [results for results in everything if results.figure][:3]
-    return _cards(chosen, docs) if chosen else "_The first figures arrive with the first verified method._"
+    """The pictures that greet a reader, each with what to see in it and the method's headline."""
+    found = {r.method.name: r for r in everything if r.figures}
+    shown = [_showcase(found[name], caption, docs) for name, caption in SHOWN.items() if name in found]
+    return "\n\n".join(shown) or "_The first figures arrive with the first verified method._"
 
 
 def usage(everything: Sequence[Results], docs: str) -> str:
     """The usage of the featured method."""
     featured = [r.method for r in everything if r.method.name == FEATURED]
-    return _python(featured[0].usage) if featured else "_The first method is about to land._"
+    return python_block(featured[0].usage) if featured else "_The first method is about to land._"
 
 
-def results(everything: Sequence[Results], docs: str) -> str:
-    """One row per method: its headline claim, all its verdicts, its cost."""
+def summary(everything: Sequence[Results], docs: str) -> str:
+    """One row per method: its headline and what was measured, how many of its claims hold, its cost."""
     if not everything:
         return "_No method has landed yet._"
     rows = [
         (
             _link(r, docs),
-            f"{sentence(r.claims[0])}: {effect(r.claims[0])}" if r.claims else "–",
-            tally(r.claims) or "not verified yet",
-            step_cost(r.cost),
-            peer_speed(r.cost),
+            r.method.headline.promise,
+            measured(r),
+            badge(r.headline["verdict"]) if r.headline else "–",
+            in_short(r),
+            step_cost(r),
+            peer_speed(r),
         )
         for r in everything
     ]
-    return table(("method", "headline claim and measured effect", "claims", "step time", "against peers"), rows)
+    header = ("method", "the paper promises", "measured", "verdict", "all claims", "step", "speed against")
+    return f'{_total(everything)}\n\n<div class="glance" markdown>\n\n{table(header, rows)}\n\n</div>'
 
 
-def claims(everything: Sequence[Results], docs: str) -> str:
-    """Every verified claim, by field."""
-    verified = [results for results in everything if results.claims]
-    if not verified:
-        return "_No verdict is published yet._"
-    total = tally(claim for results in verified for claim in results.claims)
-    body = _by_field(
-        verified,
-        "###",
-        lambda group: table(
-            ("method", "kind", "claim", "effect [95 % interval]", "verdict"),
-            [
-                (_link(r, docs), claim["kind"], sentence(claim), effect(claim), badge(claim["verdict"]))
-                for r in group
-                for claim in r.claims
-            ],
-        ),
+def unproven(everything: Sequence[Results], docs: str) -> str:
+    """Every claim that is refuted or undecided, refuted ones first."""
+    rows = [
+        (_link(r, docs), sentence(claim), effect(claim), badge(claim["verdict"]))
+        for verdict in ("refuted", "undecided")
+        for r in everything
+        for claim in r.claims
+        if claim["verdict"] == verdict
+    ]
+    return table(("method", "claim", "effect [95 % interval]", "verdict"), rows) if rows else "_Every claim holds._"
+
+
+def details(everything: Sequence[Results], docs: str) -> str:
+    """Every claim and every cost of every method, folded, by field."""
+    found = [r for r in everything if r.claims or r.cost]
+    return _by_field(found, "###", lambda group: "\n\n".join(_details(r, docs) for r in group))
+
+
+def _details(r: Results, docs: str) -> str:
+    parts = [f"#### {_link(r, docs)}"]
+    for preset, verdict in r.verdicts.items():
+        where = "" if preset == "quick" else f" of the preset {preset}"
+        parts.append(_folded(f"Claims{where}: {tally(verdict['claims'])}", claims_table(verdict["claims"])))
+    if r.cost and r.cost["cases"]:
+        parts.append(_folded(f"Time and memory: {_count(r.cost['cases'], 'case')}", cases_table(r.cost["cases"])))
+    if r.cost and r.cost["peers"]:
+        parts.append(
+            _folded(f"Other implementations: {_count(r.cost['peers'], 'comparison')}", peers_table(r.cost["peers"]))
+        )
+    return "\n\n".join(parts)
+
+
+def _folded(title: str, content: str) -> str:
+    """Unfolds on the site and on GitHub alike."""
+    return f"<details markdown>\n<summary>{title}</summary>\n\n{content}\n\n</details>"
+
+
+def _total(everything: Sequence[Results]) -> str:
+    verified = [r for r in everything if r.claims]
+    claims = [claim for r in verified for claim in r.claims]
+    if not claims:
+        return f"{_count(everything, 'method')}; no verdict is published yet."
+    return (
+        f"{_count(everything, 'method')}, {len(verified)} of them verified so far; "
+        f"{_count(claims, 'claim')}: {tally(claims)}."
     )
-    return f"{_count(verified)}: {total}.\n\n{body}"
-
-
-def costs(everything: Sequence[Results], docs: str) -> str:
-    """Every benchmarked case and every comparison with a peer."""
-    timed = [results for results in everything if results.cost]
-    if not timed:
-        return "_No benchmark is published yet._"
-    sections = []
-    for r in timed:
-        assert r.cost is not None
-        sections.append(f"### {_link(r, docs)}")
-        sections += [cases_table(r.cost["cases"])] * bool(r.cost["cases"])
-        sections += [peers_table(r.cost["peers"])] * bool(r.cost["peers"])
-    return "\n\n".join(sections)
 
 
 def methods_of(package: str) -> Block:
@@ -226,7 +184,7 @@ def methods_of(package: str) -> Block:
             return "No method has landed in this package yet; it holds its place in the workspace."
         return table(
             ("method", "what it does", "paper"),
-            [(f"`{m.name}` {m.title}", _sentence(m.summary), f"[{m.paper}]({m.url})") for m in own],
+            [(f"`{m.name}` {m.title}", as_sentence(m.summary), f"[{m.paper}]({m.url})") for m in own],
         )
 
     return block
@@ -238,10 +196,11 @@ def _member_readmes() -> dict[str, dict[str, Block]]:
 
 
 BLOCKS: Mapping[str, Mapping[str, Block]] = {
-    "README.md": {"usage": usage, "results": results},
-    "docs/index.md": {"usage": usage, "figures": figures, "results": results},
+    "README.md": {"usage": usage, "figures": figures, "results": summary},
+    "docs/index.md": {"usage": usage, "figures": figures, "results": summary},
+    "docs/architecture.md": {"packages": architecture.packages, "walk": architecture.walk},
     "docs/choose.md": {"choose": choose},
-    "docs/results.md": {"claims": claims, "costs": costs},
+    "docs/results.md": {"summary": summary, "unproven": unproven, "details": details},
     "docs/methods/index.md": {"gallery": gallery},
     **_member_readmes(),
 }
@@ -255,6 +214,7 @@ def render(root: Path, everything: Sequence[Results]) -> dict[Path, str]:
         ValueError: a file lacks the markers of a block.
     """
     pages = {_page(root, r): method_page(r) for r in everything}
+    pages[root / "docs/assets/architecture.svg"] = svg()
     for name, blocks in BLOCKS.items():
         path = root / name
         docs = os.path.relpath(root / "docs", path.parent) + "/"
@@ -314,9 +274,26 @@ def _by_field(everything: Sequence[Results], heading: str, write: Callable[[Sequ
 def _cards(group: Sequence[Results], docs: str) -> str:
     cards = []
     for r in group:
-        picture = f"[![]({docs}results/{r.method.name}.png)]({_href(r, docs)})\n\n    " if r.figure else ""
-        cards.append(f"-   {picture}**{_link(r, docs)}**\n\n    {_sentence(r.method.summary)}")
+        picture = f"{_picture(r, docs)}\n\n    " if r.figures else ""
+        cards.append(f"-   {picture}**{_link(r, docs)}**\n\n    {as_sentence(r.method.summary)}")
     return '<div class="grid cards" markdown>\n\n' + "\n\n".join(cards) + "\n\n</div>"
+
+
+def _showcase(r: Results, caption: str, docs: str) -> str:
+    verdict = " " + badge(r.headline["verdict"]).replace(" ", NBSP) if r.headline else ""
+    text = [
+        f"**{_link(r, docs)}**",
+        caption,
+        f"*The paper promises:* {r.method.headline.promise}. *Measured:* {measured(r)}{verdict}",
+        f"```sh\nuv run poise run {r.method.name}\n```",
+    ]
+    parts = ['<div class="showcase" markdown>', "<div markdown>", _picture(r, docs), "</div>", "<div markdown>", *text]
+    return "\n\n".join([*parts, "</div>", "</div>"]).replace("markdown>\n\n<div", "markdown>\n<div")
+
+
+def _picture(r: Results, docs: str) -> str:
+    name = figure_name(r.method, r.figures[0])
+    return f"[![What the experiment of {r.method.title} shows]({docs}results/{name})]({_href(r, docs)})"
 
 
 def _href(results: Results, docs: str) -> str:
@@ -327,25 +304,8 @@ def _link(results: Results, docs: str) -> str:
     return f"[{results.method.title}]({_href(results, docs)})"
 
 
-def _count(group: Sequence[Results]) -> str:
-    return "1 method" if len(group) == 1 else f"{len(group)} methods"
-
-
-def _chips(method: Method) -> str:
-    return " · ".join((f"`{method.name}`", FORMS[method.kind], *method.tags))
-
-
-def _words(names: Sequence[str]) -> str:
-    quoted = [f"`{name}`" for name in names]
-    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
-
-
-def _python(code: str) -> str:
-    return f"```python\n{code.strip()}\n```"
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:].rstrip(".") + "."
+def _count(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Read the committed results of a method (docs/results/<package>/<slug>.*); put them into words and Markdown tables."""
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,34 +20,78 @@ class Results:
 
     Attributes:
         method: its catalog record.
-        verdict: the verdict file, if there is one.
+        verdicts: the verdict files by preset, ``quick`` first.
         cost: the cost file, if there is one.
-        figure: whether there is a figure.
+        figures: the presets that have a figure, ``quick`` first.
         notes: whether there are notes for its page.
     """
 
     method: Method
-    verdict: dict[str, Any] | None
+    verdicts: Mapping[str, dict[str, Any]]
     cost: dict[str, Any] | None
-    figure: bool
+    figures: tuple[str, ...]
     notes: bool
 
     @property
     def claims(self) -> list[dict[str, Any]]:
-        """The verified claims, in the experiment's order; the first is the headline."""
-        return self.verdict["claims"] if self.verdict else []
+        """The verified claims of all presets, each in the experiment's order."""
+        return [claim for verdict in self.verdicts.values() for claim in verdict["claims"]]
+
+    @property
+    def headline(self) -> dict[str, Any] | None:
+        """The verified claim that the catalog names as the method's headline; None while its preset is not verified."""
+        chosen = self.method.headline
+        if chosen.preset not in self.verdicts:
+            return None
+        wanted = (chosen.metric, chosen.arm, chosen.versus)
+        for claim in self.verdicts[chosen.preset]["claims"]:
+            if (claim["metric"], claim["arm"], claim["versus"]) == wanted:
+                return claim
+        raise ValueError(
+            f"{self.method.name}: the headline {wanted} is not among the verified claims of {chosen.preset}"
+        )
+
+    @property
+    def step(self) -> dict[str, Any] | None:
+        """The benchmarked case that the catalog names as the method's training step; None without a benchmark."""
+        return self._timed("cases", {"name": self.method.headline.step})
+
+    @property
+    def peer(self) -> dict[str, Any] | None:
+        """The comparison that the catalog names; None without a benchmark or when it names none."""
+        chosen = self.method.headline
+        return self._timed("peers", {"peer": chosen.peer, "case": chosen.peer_case}) if chosen.peer else None
+
+    def _timed(self, kind: str, wanted: dict[str, str]) -> dict[str, Any] | None:
+        if self.cost is None:
+            return None
+        for row in self.cost[kind]:
+            if wanted.items() <= row.items():
+                return row
+        raise ValueError(
+            f"{self.method.name}: the catalog names {wanted}, which is not among the {kind} of the benchmark"
+        )
 
 
 def read(method: Method, docs: Path) -> Results:
     """The results of ``method`` under the folder ``docs``."""
     base = docs / "results" / method.package / method.slug
+    endings = {"quick": "", **{preset: f".{preset}" for preset in method.presets if preset != "quick"}}
+    verdicts = {preset: _json(base.with_name(f"{base.name}{ending}.json")) for preset, ending in endings.items()}
     return Results(
         method,
-        verdict=_json(base.with_suffix(".json")),
-        cost=_json(base.with_suffix(".bench.json")),
-        figure=base.with_suffix(".png").is_file(),
+        verdicts={preset: verdict for preset, verdict in verdicts.items() if verdict is not None},
+        cost=_json(base.with_name(f"{base.name}.bench.json")),
+        figures=tuple(
+            preset for preset, ending in endings.items() if base.with_name(f"{base.name}{ending}.png").is_file()
+        ),
         notes=(docs / "methods" / method.package / f"{method.slug}.notes.md").is_file(),
     )
+
+
+def figure_name(method: Method, preset: str) -> str:
+    """Where a preset's figure is below docs/results: ``ot/monge-gap.known-map.png``."""
+    return f"{method.name}{'' if preset == 'quick' else f'.{preset}'}.png"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -82,14 +127,19 @@ def sentence(claim: dict[str, Any]) -> str:
     margin = _in_scale(claim["margin"], claim)
     if claim["versus"] is None:
         return f"{metric} of {arm} is at {'least' if claim['direction'] == 'higher' else 'most'} {margin}"
+    if claim.get("scale") == "ratio" and claim["margin"] < 1:
+        most = f"less than {_times(1 / claim['margin'])}" if claim["direction"] == "lower" else f"more than {margin}"
+        return f"{metric} with {arm} is {most} that with `{claim['versus']}`"
+    if claim["margin"] < 0:
+        worse = "lower" if claim["direction"] == "higher" else "higher"
+        return f"{metric} is not {worse} with {arm} than with `{claim['versus']}` by {number(-claim['margin'])} or more"
     least = f", by more than {margin}" if claim["margin"] else ""
     return f"{metric} is {claim['direction']} with {arm} than with `{claim['versus']}`{least}"
 
 
 def effect(claim: dict[str, Any]) -> str:
     """The measured effect and its confidence interval: ``61× [40×, 92×]``."""
-    low, high = claim["ci"]
-    return f"{_in_scale(claim['effect'], claim)} [{_in_scale(low, claim)},{NBSP}{_in_scale(high, claim)}]"
+    return f"{_in_scale(claim['effect'], claim)} {_interval(*(_in_scale(end, claim) for end in claim['ci']))}"
 
 
 def claims_table(claims: Sequence[dict[str, Any]]) -> str:
@@ -145,17 +195,35 @@ def peers_table(peers: Sequence[dict[str, Any]]) -> str:
     return table(("peer", "case", "poise", "peer", "speed-up", "relative difference"), rows)
 
 
-def step_cost(cost: dict[str, Any] | None) -> str:
-    """The range of step-time ratios over the cases: ``1.1–1.9×``."""
-    return _range([case["ratio"] for case in cost["cases"]]) if cost and cost["cases"] else "–"
+def measured(results: Results) -> str:
+    """The effect of the headline in the metric's own direction: ``+31.9 points [28.6, 35]``, or ``49× [6.6×, 376×]`` for a ratio."""
+    claim, headline = results.headline, results.method.headline
+    if claim is None:
+        return "not verified yet"
+    if claim["scale"] == "ratio":
+        return f"**{_times(claim['effect'])}** {_interval(*map(_times, claim['ci']))}"
+    factor = headline.factor * (-1 if claim["versus"] and claim["direction"] == "lower" else 1)
+    value, *ends = (factor * value for value in (claim["effect"], *claim["ci"]))
+    sign = "+" if claim["versus"] and value > 0 else ""
+    unit = f"{NBSP}{headline.unit}" if headline.unit else ""
+    return _minus(f"**{sign}{number(value)}**{unit} {_interval(*map(number, sorted(ends)))}")
 
 
-def peer_speed(cost: dict[str, Any] | None) -> str:
-    """The range of speed-ups against each peer: ``3.1–5.2× ott-jax 0.6.0``."""
-    speedups: dict[str, list[float]] = {}
-    for peer in cost["peers"] if cost else []:
-        speedups.setdefault(f"{peer['peer']} {peer['version']}", []).append(peer["speedup"])
-    return ", ".join(f"{_range(values)} {peer}" for peer, values in speedups.items()) or "–"
+def in_short(results: Results) -> str:
+    """How many of the claims hold: ``5 of 7 hold, 1 refuted``; the rest is undecided."""
+    verdicts = [claim["verdict"] for claim in results.claims]
+    refuted = f", {verdicts.count('refuted')}{NBSP}refuted" if "refuted" in verdicts else ""
+    return f"{verdicts.count('holds')}{NBSP}of{NBSP}{len(verdicts)}{NBSP}hold{refuted}" if verdicts else "–"
+
+
+def step_cost(results: Results) -> str:
+    """The time of a training step with the method over that without: ``1.84×``."""
+    return _times(results.step["ratio"]) if results.step else "–"
+
+
+def peer_speed(results: Results) -> str:
+    """The speed against the peer that the catalog names: ``4.66× ott-jax``."""
+    return f"{_times(results.peer['speedup'])} {results.peer['peer']}" if results.peer else "–"
 
 
 def environment(values: dict[str, Any]) -> str:
@@ -183,12 +251,16 @@ def _megabytes(value: float | None) -> str:
     return "–" if value is None else f"{number(value)}{NBSP}MB"
 
 
-def _range(ratios: Sequence[float]) -> str:
-    low, high = number(min(ratios)), number(max(ratios))
-    return f"{low}×" if low == high else f"{low}–{high}×"
+def _interval(low: str, high: str) -> str:
+    return f"[{low},{NBSP}{high}]"
+
+
+def _minus(text: str) -> str:
+    """Numbers in prose carry a minus sign and not a hyphen."""
+    return re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", text)
 
 
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return "–"
-    return f"{number(fmean(values))} ± {number(stdev(values))}" if len(values) > 1 else number(values[0])
+    return f"{number(fmean(values))}{NBSP}±{NBSP}{number(stdev(values))}" if len(values) > 1 else number(values[0])

@@ -7,6 +7,39 @@ Kind = Literal["penalty", "loss", "solver", "layer", "parametrization", "optimiz
 
 
 @dataclass(frozen=True, kw_only=True)
+class Headline:
+    """The one claim and the one price that stand for a method where there is room for one line.
+
+    The claim is the gain that the abstract promises of the method as published, over what the paper compares it with; a claim
+    that nothing is lost stands here only where it is the paper's promise. Its verdict plays no part in the choice, and neither
+    does the measured cost in that of the cases.
+
+    Attributes:
+        promise: the claim in plain words ("test accuracy rises although half of the training labels are redrawn").
+        metric: the metric of the claim.
+        arm: the arm that the claim is about.
+        versus: the arm that it is compared with; None for a claim on the metric itself.
+        preset: the preset that measures it.
+        unit: what the effect is measured in, ``points`` for example; none for a ratio.
+        factor: what the metric is multiplied by to be in that unit, 100 for shares in points.
+        step: the benchmark's case that is a training step with the method.
+        peer: the best known alternative that the benchmark compares with; empty when there is none.
+        peer_case: the case of that comparison nearest to what the method is used for.
+    """
+
+    promise: str
+    metric: str
+    arm: str
+    versus: str | None = "baseline"
+    preset: str = "quick"
+    unit: str = ""
+    factor: float = 1.0
+    step: str
+    peer: str = ""
+    peer_case: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """What a reader needs to choose a method, and what the command line and the docs need to find it.
 
@@ -22,6 +55,7 @@ class Method:
         api: dotted names of the public objects, most important first.
         presets: names of the experiment's presets, ``quick`` first.
         arms: names of the experiment's arms, ``baseline`` first.
+        headline: what stands for it in tables: its main claim and its main cost.
         paper: authors, title, venue, year, in one line.
         url: where the paper is.
         bibtex: the BibTeX entry.
@@ -39,6 +73,7 @@ class Method:
     api: tuple[str, ...]
     presets: tuple[str, ...]
     arms: tuple[str, ...]
+    headline: Headline
     paper: str
     url: str
     bibtex: str
@@ -102,6 +137,15 @@ suspect, corrected = detect_label_errors(criterion.memory, y)
         ),
         presets=("quick", "paper", "cifar10-asymmetric", "cifar100"),
         arms=("baseline", "dropout", "target_loss", "elr", "elr_plus"),
+        headline=Headline(
+            promise="test accuracy rises although half of the training labels are redrawn",
+            metric="last_accuracy",
+            arm="elr",
+            unit="points",
+            step="ResNet-18, 32 x 32, batch 32, memory 50,000 x 100 float32",
+            peer="torchvision MixUp",
+            peer_case="128 x 3 x 32 x 32 and labels",
+        ),
         paper=(
             "S. Liu, J. Niles-Weed, N. Razavian, C. Fernandez-Granda, Early-Learning Regularization Prevents Memorization of Noisy "
             "Labels, NeurIPS 2020"
@@ -165,6 +209,15 @@ for epoch in range(5):
         ),
         presets=("quick", "augmented", "paper", "imagenet"),
         arms=("baseline", "label_smoothing", "ps_kd", "cutmix", "cutmix_ps_kd"),
+        headline=Headline(
+            promise="confidence is better calibrated: the calibration error falls",
+            metric="ece_percent",
+            arm="ps_kd",
+            unit="points",
+            step="ResNet-18, 32 x 32, batch 32, memory 50,000 x 100 float32",
+            peer="torch cross_entropy",
+            peer_case="soft targets, 256 x 1000",
+        ),
         paper=(
             "K. Kim, B. Ji, D. Yoon, S. Hwang, Self-Knowledge Distillation with Progressive Refinement of Targets, ICCV 2021"
         ),
@@ -234,6 +287,16 @@ print(orthogonal_obstacle(out_channels=256, in_channels=128, kernel_size=1, stri
         ),
         presets=("quick", "paper", "imagenet"),
         arms=("baseline", "faint", "light", "medium", "strong", "kernel", "landscape"),
+        headline=Headline(
+            promise="accuracy under attack rises",
+            metric="robust_accuracy_middle",
+            arm="strong",
+            unit="points",
+            factor=100.0,
+            step="ResNet-18, 32 x 32, batch 128",
+            peer="self-convolution (Wang et al. 2020)",
+            peer_case="loss and gradient, 64 x 64 x 3 x 3, stride 1",
+        ),
         paper=(
             "E. M. Achour, F. Malgouyres, F. Mamalet, Existence, Stability and Scalability of Orthogonal Convolutional Neural "
             "Networks, JMLR 2022"
@@ -313,6 +376,16 @@ optimizer.step()
             "small_output",
             "squared_error",
         ),
+        headline=Headline(
+            promise="the test set is learned as well, without weight decay: test accuracy rises",
+            metric="test_accuracy",
+            arm="perp_grad",
+            unit="points",
+            factor=100.0,
+            step="training step with AdamW, 20 tensors, width 1,024, batch 1,024",
+            peer="torch, tensor by tensor",
+            peer_case="the projection alone, 20 tensors, width 512",
+        ),
         paper="L. Prieto, M. Barsbey, P. A. M. Mediano, T. Birdal, Grokking at the Edge of Numerical Stability, ICLR 2025",
         url="https://arxiv.org/abs/2501.04697",
         bibtex=r"""
@@ -382,6 +455,17 @@ rebuilt.load_state_dict(student.state_dict())
         ),
         presets=("quick", "text", "paper", "deit"),
         arms=("baseline", "svd", "scratch", "distill", "pela"),
+        headline=Headline(
+            promise="half of the parameters go, and less than a point of accuracy is lost with them",
+            metric="accuracy_drop_k2",
+            arm="pela",
+            versus=None,
+            unit="points",
+            factor=100.0,
+            step="training step of a transformer, width 192, 512 tokens: both",
+            peer="torch.linalg.svd, thin",
+            peer_case="factors of 768 x 3072 at rank 307",
+        ),
         paper="Y. Guo, G. Wang, M. Kankanhalli, PELA: Learning Parameter-Efficient Models with Low-Rank Approximation, CVPR 2024",
         url="https://arxiv.org/abs/2310.10700",
         bibtex=r"""
@@ -467,6 +551,14 @@ model = remove_weight_compander(model)  # plain layers again
             "dropout_slope_2",
             "dropout_slope_4",
         ),
+        headline=Headline(
+            promise="networks generalise better: the gap between test and training loss falls",
+            metric="loss_gap",
+            arm="learned",
+            step="ResNet-18, 32 x 32, batch 32",
+            peer="weight_norm",
+            peer_case="forward and backward, convolution 256 -> 256, 3 x 3, on 4 x 4, batch 1, learned scales",
+        ),
         paper=(
             "R. A. Cakaj, J. Mehnert, B. Yang, Weight Compander: A Simple Weight Reparameterization for Regularization, IJCNN 2023"
         ),
@@ -538,6 +630,16 @@ model = merge_sorsa(model)  # plain layers
         ),
         presets=("quick", "one-rate", "text", "paper"),
         arms=("baseline", "pissa", "sorsa_unregularized", "sorsa", "sorsa_strong", "sorsa_decoupled", "full"),
+        headline=Headline(
+            promise="fine-tuning with few parameters ends at a higher accuracy than LoRA's",
+            metric="accuracy",
+            arm="sorsa",
+            unit="points",
+            factor=100.0,
+            step="MiniLM, 8 x 64 tokens, rank 8, all projections; plain: all weights are trained",
+            peer="peft LoRA",
+            peer_case="forward and backward, 1024 x 4096, rank 64, 512 rows",
+        ),
         paper=(
             "Y. Cao, SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation of Large Language Models, 2024"
         ),

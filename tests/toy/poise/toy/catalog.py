@@ -1,6 +1,6 @@
 """What poise.toy offers."""
 
-from poise.core.catalog import Method
+from poise.core.catalog import Headline, Method
 
 METHODS = (
     Method(
@@ -15,6 +15,12 @@ METHODS = (
         api=("poise.core.Penalty",),
         presets=("quick", "paper"),
         arms=("baseline", "decay"),
+        headline=Headline(
+            promise="the error falls",
+            metric="error",
+            arm="decay",
+            step="a step",
+        ),
         paper="A. Nobody, On blobs, 2026",
         url="https://example.org/blobs",
         bibtex="@misc{nobody2026blobs,\n  title={On blobs},\n  author={Nobody, A.},\n  year={2026}\n}",

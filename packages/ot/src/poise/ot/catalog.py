@@ -1,6 +1,6 @@
 """What poise.ot offers. Imports no torch, so that ``poise list`` is instant."""
 
-from poise.core.catalog import Method
+from poise.core.catalog import Headline, Method
 
 MONGE_GAP = Method(
     slug="monge-gap",
@@ -45,6 +45,15 @@ print(gap.value)
     ),
     presets=("quick", "known-map", "mixtures", "paper", "cells"),
     arms=("baseline", "monge_gap", "strong_gap", "euclidean", "strong_euclidean", "icnn_dual"),
+    headline=Headline(
+        promise="the learned map comes closer to the optimal one",
+        metric="uvp",
+        arm="monge_gap",
+        preset="known-map",
+        step="training step of a 3-64-64-3 map, batch 256",
+        peer="ott-jax under jit",
+        peer_case="gap, value and gradient, n = 1024, d = 32, float32, eps = 0.01 mean cost, error 0.001",
+    ),
     paper="Théo Uscidda and Marco Cuturi, The Monge Gap: A Regularizer to Learn All Transport Maps, ICML 2023",
     url="https://arxiv.org/abs/2302.04953",
     bibtex="""@inproceedings{uscidda2023monge,
@@ -90,6 +99,15 @@ plan = recover_plan(result)  # both marginals, the cap where it can be kept
     ),
     presets=("quick", "routing", "paper"),
     arms=("baseline", "kl", "l2", "k1", "k2", "k4", "k16", "top1", "balanced", "sinkhorn", "sparse"),
+    headline=Headline(
+        promise="a larger cap on the nonzeros makes the problem smoother: fewer steps to its optimum",
+        metric="smoothness_steps",
+        arm="k16",
+        versus="k1",
+        step="expert layer, 4 groups of 784 tokens, 8 experts",
+        peer="POT",
+        peer_case="semi-dual value and gradient, 2000 x 2000, k = 8",
+    ),
     paper="Tianlin Liu, Joan Puigcerver and Mathieu Blondel, Sparsity-Constrained Optimal Transport, ICLR 2023",
     url="https://arxiv.org/abs/2209.15466",
     bibtex="""@inproceedings{liu2023sparsity,

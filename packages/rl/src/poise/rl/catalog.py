@@ -1,6 +1,6 @@
 """What poise.rl offers. Imports no torch, so that ``poise list`` is instant."""
 
-from poise.core.catalog import Method
+from poise.core.catalog import Headline, Method
 
 BEER = Method(
     slug="beer",
@@ -55,6 +55,14 @@ print(beer.value, beer.active)
     ),
     presets=("quick", "control", "lunar-lander", "paper"),
     arms=("baseline", "beer", "beer_x100", "strong_beer", "infer", "dr3", "unbounded"),
+    headline=Headline(
+        promise="values are approximated better: their error falls",
+        metric="q_error",
+        arm="beer",
+        step="20 DPG updates, 256-256, batch 256",
+        peer="stable-baselines3",
+        peer_case="20 TD3 updates, 256-256, batch 256, sampling included; agreement of all networks after two equal updates",
+    ),
     paper="Qiang He, Tianyi Zhou, Meng Fang and Setareh Maghsudi, Adaptive Regularization of Representation Rank as an Implicit "
     "Constraint of Bellman Equation, ICLR 2024",
     url="https://arxiv.org/abs/2404.12754",
@@ -150,6 +158,14 @@ print(controller.replay_ratio, controller.checks[-1])
         "probe_shift",
         "probe_no_shift",
     ),
+    headline=Headline(
+        promise="the return rises above that of a low replay ratio",
+        metric="return",
+        arm="adaptive",
+        step="DrQ-v2 update, batch 256, 84 x 84, FAU of critic",
+        peer="drqv2 augmentation, grid_sample form",
+        peer_case="random shift by up to 4 pixels of 256 x 9 x 84 x 84",
+    ),
     paper="Guozheng Ma, Lu Li, Sen Zhang, Zixuan Liu, Zhen Wang, Yixin Chen, Li Shen, Xueqian Wang and Dacheng Tao, Revisiting "
     "Plasticity in Visual Reinforcement Learning: Data, Modules and Training Stages, ICLR 2024",
     url="https://arxiv.org/abs/2310.07418",
@@ -209,6 +225,15 @@ print(agent.constraint.value, agent.act(env.reset(seed=0)[0]))
     ),
     presets=("quick", "paper"),
     arms=("baseline", "td3bc", "prdc", "support", "beta_100", "nearest_state"),
+    headline=Headline(
+        promise="the policy that is learned from a log earns more than TD3+BC's: the return rises",
+        metric="return",
+        arm="prdc",
+        versus="td3bc",
+        step="20 updates, 256-256, batch 256, 1,000,000 HalfCheetah transitions",
+        peer="scipy KDTree",
+        peer_case="256 queries in 1,000,000 x 23 HalfCheetah rows, actions 0.5 from the logged ones",
+    ),
     paper="Yuhang Ran, Yi-Chen Li, Fuxiang Zhang, Zongzhang Zhang and Yang Yu, Policy Regularization with Dataset Constraint for "
     "Offline Reinforcement Learning, ICML 2023",
     url="https://arxiv.org/abs/2306.06569",
