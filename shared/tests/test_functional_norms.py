@@ -234,3 +234,8 @@ def test_consensus_needs_a_batch_of_units() -> None:
     for gates in (torch.ones(3), torch.ones(0, 3)):
         with pytest.raises(ValueError, match="batch, units"):
             inspect.unwrap(F.consensus)(gates)
+
+
+@pytest.mark.parametrize("measure", [F.l2, F.hoyer_sparsity, F.hoyer_square, lambda x: F.group_lasso([x, x[:1]])])
+def test_what_is_not_a_number_shows(measure: Callable[[Tensor], Tensor]) -> None:
+    assert measure(torch.tensor([1.0, torch.nan, 2.0])).isnan()

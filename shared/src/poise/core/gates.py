@@ -191,7 +191,8 @@ class HardConcrete(nn.Module):
         generator: where the initial jitter comes from; torch's global generator by default.
 
     Raises:
-        ValueError: ``keep`` is outside (0, 1), the temperature is not positive, or [0, 1] is not inside (low, high).
+        ValueError: ``keep`` is outside (0, 1), the temperature is not positive, [0, 1] is not inside (low, high), or a size of
+            ``shape`` is negative.
 
     Source:
         Louizos, Welling and Kingma, "Learning Sparse Neural Networks through L0 Regularization", ICLR 2018, section 2.2, eq. 10-13.
@@ -215,6 +216,8 @@ class HardConcrete(nn.Module):
             raise ValueError(f"[0, 1] must lie inside the stretched interval (low, high), got ({low}, {high})")
         self.temperature, self.low, self.high = temperature, low, high
         sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+        if min(sizes, default=0) < 0:
+            raise ValueError(f"shape must not hold a negative size, got {shape}")
         log_odds = math.log(keep / (1 - keep))
         self.log_alpha = nn.Parameter(torch.empty(sizes).normal_(log_odds, 0.01, generator=generator))
 

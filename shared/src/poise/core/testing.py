@@ -1,7 +1,7 @@
 """What a member declares so that the workspace contract tests its methods: one :class:`Sample` per case, in ``tests/samples.py``."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,6 +51,58 @@ class Sample:
         off = without_gradient or len(self.dtypes) < 2 or not self.compile or not self.fake_cuda
         if off and not self.reason:
             raise ValueError(f"sample {self.name!r} switches a law off: say why in `reason`")
+
+
+@dataclass(frozen=True)
+class Fuzz:
+    """How a public name is called, for :mod:`poise.core.contract.robustness`, in ``FUZZ`` of the member's ``tests/fuzz.py``.
+
+    Attributes:
+        sample: the name of a sample of the member, or a valid call of its own; numbers among the arguments are changed too.
+        but: the changes under which its law does not hold, each with the reason.
+    """
+
+    sample: Sample | str
+    but: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Exempt:
+    """A public name that is not called with changed arguments.
+
+    Attributes:
+        reason: why not.
+    """
+
+    reason: str
+
+
+def sampled(name: str, **but: str) -> Fuzz:
+    """The valid call that a sample of the contract makes.
+
+    Args:
+        name: of the sample.
+        but: see :class:`Fuzz`.
+    """
+    return Fuzz(name, but)
+
+
+def valid(
+    build: Callable[[], Callable[..., Any]],
+    inputs: Callable[[torch.Generator], tuple[Any, ...]],
+    differentiable: Sequence[int] = (),
+    **but: str,
+) -> Fuzz:
+    """A valid call that no sample of the contract makes.
+
+    Args:
+        build: makes the callable, as in a :class:`Sample`.
+        inputs: makes its arguments, as in a :class:`Sample`.
+        differentiable: positions of the arguments of which gradients are taken.
+        but: see :class:`Fuzz`.
+    """
+    sample = Sample(name="", build=build, inputs=inputs, differentiable=differentiable, reason="called to be changed")
+    return Fuzz(sample, but)
 
 
 def randn(generator: torch.Generator, *shape: int) -> Tensor:

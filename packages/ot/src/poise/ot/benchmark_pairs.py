@@ -47,9 +47,9 @@ def l2_uvp(mapped: Float[Tensor, "n d"], optimal: Float[Tensor, "..."]) -> Float
         optimal: ``T*(x_i)`` for the same ``x_i``; their total variance is the denominator.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or there is no point.
     """
-    if mapped.shape != optimal.shape:
+    if mapped.shape != optimal.shape or mapped.numel() == 0:
         raise ValueError(f"expected images of the same points, got {tuple(mapped.shape)} and {tuple(optimal.shape)}")
     return 100 * (mapped - optimal).square().sum(-1).mean() / optimal.var(0, correction=0).sum()
 
@@ -152,6 +152,9 @@ class RidgePotential(nn.Module):
         height: the largest ``h_j``; they are uniform below it.
         sharpness: ``s``.
         generator: draws directions, offsets and heights, on the CPU.
+
+    Raises:
+        ValueError: ``dim`` or ``ridges`` is below 1, or, when called, the points are of another dimension.
     """
 
     directions: Tensor
@@ -162,6 +165,8 @@ class RidgePotential(nn.Module):
         self, dim: int, ridges: int = 8, *, height: float = 1.0, sharpness: float = 3.0, generator: torch.Generator
     ) -> None:
         super().__init__()
+        if dim < 1 or ridges < 1:
+            raise ValueError(f"dim and ridges must be at least 1, got {dim} and {ridges}")
         directions = torch.randn(ridges, dim, generator=generator)
         self.register_buffer("directions", functional.normalize(directions, dim=-1))
         self.register_buffer("offsets", torch.randn(ridges, generator=generator))
@@ -169,6 +174,8 @@ class RidgePotential(nn.Module):
         self.sharpness = sharpness
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        if x.shape[-1] != self.directions.shape[1]:
+            raise ValueError(f"x must be of dimension {self.directions.shape[1]}, got shape {tuple(x.shape)}")
         along = functional.softplus(self.sharpness * (x @ self.directions.T) + self.offsets) / self.sharpness
         return x.square().sum(-1) / 2 + along @ self.heights
 

@@ -58,7 +58,7 @@ def feature_distillation_loss(student: Features, teacher: Features) -> Float[Ten
 
     Raises:
         TypeError: a feature is not of a floating-point type, or only one of the two is a mapping.
-        ValueError: there is none, or numbers, names or shapes differ.
+        ValueError: there is none, one is empty, or numbers, names or shapes differ.
 
     Source:
         Guo et al., CVPR 2024, on feature distillation.
@@ -76,6 +76,8 @@ def feature_distillation_loss(student: Features, teacher: Features) -> Float[Ten
             raise ValueError(
                 f"features {name}: the student's shape {tuple(feature.shape)} differs from the teacher's {tuple(target.shape)}"
             )
+        if feature.numel() == 0:
+            raise ValueError(f"features {name}: there is nothing to compare in the shape {tuple(feature.shape)}")
         errors.append((widen(feature, "student") - widen(target.detach(), "teacher")).square().mean())
     return torch.stack(errors).mean()
 
@@ -94,7 +96,7 @@ def largest_weight_changes(pairs: Iterable[Pair]) -> Float[Tensor, " pairs"]:
 
     Raises:
         TypeError: a tensor is not of a floating-point type.
-        ValueError: there is no pair, or the shapes of one do not fit.
+        ValueError: there is no pair, or the shapes of one do not fit or are empty.
     """
     triples = [_checked(number, pair) for number, pair in enumerate(pairs)]
     if not triples:
@@ -195,6 +197,8 @@ def _checked(number: int, pair: Pair) -> Pair:
             f"pair {number}: expected w1 (rank, inputs), w2 (outputs, rank) and original (outputs, inputs), got the shapes "
             f"{tuple(w1.shape)}, {tuple(w2.shape)} and {tuple(original.shape)}"
         )
+    if original.numel() == 0:
+        raise ValueError(f"pair {number}: the original is empty, of shape {tuple(original.shape)}")
     return w1, w2, original.detach()
 
 

@@ -65,7 +65,7 @@ def finite_in_reduced_precision(sample: Sample) -> None:
     if not sample.dtypes:
         raise SkipTest(sample.reason)
     for dtype in sample.dtypes:
-        result, gradients = _with_gradients(sample, *case(sample, dtype))
+        result, gradients = with_gradients(sample, *case(sample, dtype))
         for what, holder in (("result", result), ("gradient", gradients)):
             for path, leaf in leaves(holder):
                 if isinstance(leaf, Tensor) and not leaf.isfinite().all():
@@ -125,8 +125,8 @@ def compiled_equals_eager(sample: Sample) -> None:
     torch._dynamo.reset()
     counters.clear()
     with _as_users_run_it():
-        expected = _with_gradients(sample, function, arguments)
-        compiled = _with_gradients(sample, function, arguments, wrap=_compiled)
+        expected = with_gradients(sample, function, arguments)
+        compiled = with_gradients(sample, function, arguments, wrap=_compiled)
     if not counters["stats"]["unique_graphs"]:
         raise BrokenLawError(f"{sample.name}: torch.compile finds nothing to compile")
     if found := difference(expected, compiled, rtol=RTOL, atol=sample.atol):
@@ -153,7 +153,7 @@ def runs_on_fake_cuda(sample: Sample) -> None:
 
 def runs_on_a_device_of_its_own(sample: Sample) -> None:
     """On the stand-in device, result and gradient stay on the device and equal those on the CPU."""
-    expected = _with_gradients(sample, *case(sample))
+    expected = with_gradients(sample, *case(sample))
     with StandIn() as device:
         result = converted(_elsewhere(sample, device, torch.Generator.clone_state), back_on_cpu)
     if found := difference(expected, result, rtol=RTOL, atol=sample.atol):
@@ -163,8 +163,8 @@ def runs_on_a_device_of_its_own(sample: Sample) -> None:
 def runs_on_cuda(sample: Sample) -> None:
     """On a GPU, result and gradient stay there and equal those on the CPU; of a method that draws, they are finite."""
     function, arguments = case(sample)
-    expected = _with_gradients(sample, function, arguments)
-    draws = bool(difference(expected, _with_gradients(sample, function, arguments, seed=1)))
+    expected = with_gradients(sample, function, arguments)
+    draws = bool(difference(expected, with_gradients(sample, function, arguments, seed=1)))
     draws |= any(isinstance(leaf, torch.Generator) for _, leaf in leaves((function, arguments)))
     device = torch.device("cuda")
     result = converted(_elsewhere(sample, device, lambda _: torch.Generator(device).manual_seed(0)), Tensor.cpu)
@@ -241,12 +241,12 @@ def _elsewhere(
 ) -> tuple[Any, list[Tensor]]:
     """Result and gradients of the sample moved to a device; all of them must be there."""
     function, arguments = converted(case(sample), lambda tensor: tensor.to(device), generator)
-    found = _with_gradients(sample, function, arguments)
+    found = with_gradients(sample, function, arguments)
     _require_device(sample, tensors(found), device.type)
     return found
 
 
-def _with_gradients(
+def with_gradients(
     sample: Sample,
     function: Call,
     arguments: Arguments,

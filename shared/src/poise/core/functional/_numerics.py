@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 
@@ -24,17 +24,29 @@ def full_precision(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
+def singular_values(matrix: Inexact[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch values"]:
+    """``torch.linalg.svdvals``, with an error that a caller can name.
+
+    Raises:
+        ValueError: the decomposition fails, as it does on entries that are not finite.
+    """
+    try:
+        return torch.linalg.svdvals(matrix)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"no singular values of a matrix of shape {tuple(matrix.shape)}: {error}") from error
+
+
 def safe_sqrt(x: Float[Tensor, "*shape"], floor: float | Tensor = 0.0) -> Float[Tensor, "*shape"]:
-    """``sqrt(x)`` where ``x > floor``; elsewhere 0, with a gradient of 0 of every order.
+    """``sqrt(x)`` where ``x > floor``; where it is not, 0 with a gradient of 0 of every order. NaN stays NaN.
 
     The square root is taken of 1 where it is not wanted: ``where`` alone would let the infinite slope at 0 through
     as 0 * inf.
     """
-    positive = x > floor
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+    low = x <= floor
+    return torch.where(low, 0.0, torch.where(low, 1.0, x).sqrt())
 
 
 def safe_ratio(numerator: Float[Tensor, "..."], denominator: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """``numerator / denominator`` where the denominator is positive; elsewhere 0, with gradient 0."""
-    positive = denominator > 0
-    return torch.where(positive, numerator / torch.where(positive, denominator, 1.0), 0.0)
+    """``numerator / denominator`` where the denominator is positive; where it is not, 0 with gradient 0. NaN stays NaN."""
+    low = denominator <= 0
+    return torch.where(low, 0.0, numerator / torch.where(low, 1.0, denominator))

@@ -43,8 +43,8 @@ def focal_loss(
         A scalar, or a loss for each position; float32 for half types.
 
     Raises:
-        ValueError: ``labels`` does not fit ``logits``, ``alpha`` does not have a weight per class, ``gamma`` is negative, or
-            ``reduction`` is unknown.
+        ValueError: ``logits`` are empty, ``labels`` does not fit them, ``alpha`` does not have a weight per class, ``gamma`` is
+            negative, or ``reduction`` is unknown.
         TypeError: ``logits`` is not floating-point.
 
     Source:
@@ -56,6 +56,8 @@ def focal_loss(
             "labels must have the shape of logits (batch, classes, ...) without the classes, "
             f"got {tuple(labels.shape)} for {tuple(logits.shape)}"
         )
+    if logits.numel() == 0:
+        raise ValueError(f"logits must not be empty, got shape {tuple(logits.shape)}")
     if not gamma >= 0:
         raise ValueError(f"gamma must not be negative, got {gamma}")
     if reduction not in ("mean", "sum", "none"):

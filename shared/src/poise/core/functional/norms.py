@@ -156,7 +156,7 @@ def hoyer_sparsity(x: Float[Tensor, "..."], dim: Dim = None) -> Float[Tensor, ".
         )
     norm = l2(x, dim)
     sparsity = (math.sqrt(size) - safe_ratio(l1(x, dim), norm)) / (math.sqrt(size) - 1)
-    return torch.where(norm > 0, sparsity, 0.0)
+    return torch.where(norm <= 0, 0.0, sparsity)
 
 
 def hoyer_square(x: Float[Tensor, "..."], dim: Dim = None) -> Float[Tensor, "..."]:

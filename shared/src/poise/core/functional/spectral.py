@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from poise.core.functional._numerics import full_precision, safe_ratio, safe_sqrt, widen
+from poise.core.functional._numerics import full_precision, safe_ratio, safe_sqrt, singular_values, widen
 
 
 def nuclear_norm(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch"]:
@@ -37,7 +37,7 @@ def nuclear_norm(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, 
         One norm per matrix.
 
     Raises:
-        ValueError: fewer than two dimensions.
+        ValueError: fewer than two dimensions, or entries that are not finite.
         TypeError: ``matrix`` is not floating-point.
 
     Source:
@@ -56,7 +56,7 @@ def stable_rank(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "
         A number from 1 to min(rows, columns) per matrix; 0 with gradient 0 for the zero matrix.
 
     Raises:
-        ValueError: fewer than two dimensions.
+        ValueError: fewer than two dimensions, or entries that are not finite.
         TypeError: ``matrix`` is not floating-point.
 
     Source:
@@ -81,7 +81,7 @@ def effective_rank(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor
         A number from 1 to the rank per matrix; 0 with gradient 0 for the zero matrix.
 
     Raises:
-        ValueError: fewer than two dimensions.
+        ValueError: fewer than two dimensions, or entries that are not finite.
         TypeError: ``matrix`` is not floating-point.
 
     Source:
@@ -141,7 +141,7 @@ def _singular_values(matrix: Tensor) -> Tensor:
     """Singular values in descending order; those that are zero to rounding are zero, with gradient zero."""
     _check_matrix(matrix)
     wide = widen(matrix, "matrix")
-    values = torch.linalg.svdvals(wide)
+    values = singular_values(wide)
     noise = torch.finfo(wide.dtype).eps * max(wide.shape[-2:])  # relative, as in torch.linalg.matrix_rank
     return torch.where(values > noise * values[..., :1], values, 0.0)
 

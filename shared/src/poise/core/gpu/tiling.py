@@ -68,7 +68,7 @@ def tiled_apply(
         tiles_per_call: tiles that go into one call of ``fn``; halved when memory runs out.
 
     Raises:
-        ValueError: the image is neither 2-D nor 3-D, a number does not fit, or ``fn`` returns another size than a whole
+        ValueError: the image is neither 2-D nor 3-D, or empty, a number does not fit, or ``fn`` returns another size than a whole
             multiple of the tile.
     """
     shape = image.shape[2:]
@@ -76,6 +76,8 @@ def tiled_apply(
         raise ValueError(
             f"image must be (batch, channels, *space) with 2 or 3 space dimensions, got {tuple(image.shape)}"
         )
+    if image.numel() == 0:
+        raise ValueError(f"image must not be empty, got shape {tuple(image.shape)}")
     if blend not in PROFILES:
         raise ValueError(f"blend must be one of {', '.join(PROFILES)}, got {blend!r}")
     if tiles_per_call < 1:

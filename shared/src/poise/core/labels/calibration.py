@@ -30,7 +30,7 @@ def expected_calibration_error(
         bins: number of bins.
 
     Raises:
-        ValueError: there are no examples, their numbers differ, or there is no bin.
+        ValueError: there are no examples, their numbers differ, a probability is NaN, or there is no bin.
 
     Source:
         Naeini, Cooper and Hauskrecht, AAAI 2015; Guo et al., ICML 2017, eq. 3.
@@ -53,7 +53,7 @@ def negative_log_likelihood(probs: Float[Tensor, "examples classes"], labels: In
         labels: true classes.
 
     Raises:
-        ValueError: there are no examples, or their numbers differ.
+        ValueError: there are no examples, their numbers differ, or a probability is NaN.
     """
     _check(probs, labels)
     return float(-probs.gather(1, labels.long().unsqueeze(1)).double().log().mean())
@@ -69,7 +69,7 @@ def aurc(probs: Float[Tensor, "examples classes"], labels: Int[Tensor, " _"]) ->
         labels: true classes.
 
     Raises:
-        ValueError: there are no examples, or their numbers differ.
+        ValueError: there are no examples, their numbers differ, or a probability is NaN.
 
     Source:
         Geifman, Uziel and El-Yaniv, "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers", ICLR 2019.
@@ -88,7 +88,7 @@ def eaurc(probs: Float[Tensor, "examples classes"], labels: Int[Tensor, " _"]) -
         labels: true classes.
 
     Raises:
-        ValueError: there are no examples, or their numbers differ.
+        ValueError: there are no examples, their numbers differ, or a probability is NaN.
     """
     _, right = _confidence(probs, labels)
     return aurc(probs, labels) - _area((1 - right).sort().values)
@@ -109,3 +109,5 @@ def _confidence(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def _check(probs: Tensor, labels: Tensor) -> None:
     if len(labels) == 0 or len(probs) != len(labels):
         raise ValueError(f"expected as many labels as predictions and at least one, got {len(labels)} and {len(probs)}")
+    if probs.shape[1] == 0 or probs.isnan().any():
+        raise ValueError(f"probs must hold numbers for at least one class, got NaN or the shape {tuple(probs.shape)}")

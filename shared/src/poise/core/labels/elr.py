@@ -53,7 +53,7 @@ def elr_regularizer(
         A scalar, or one value for each row; float32 for half types.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or the mean of no row is asked for.
 
     Source:
         eq. 6 of the paper.

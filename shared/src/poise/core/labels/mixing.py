@@ -50,7 +50,7 @@ def draw_mix(batch: int, alpha: float, generator: torch.Generator, *, own_share_
         own_share_larger: use :math:`l = \max(l', 1 - l')`, so that a row outweighs its partner, as MixMatch and ELR+ do.
 
     Raises:
-        ValueError: ``alpha`` is negative.
+        ValueError: ``batch`` or ``alpha`` is negative.
 
     Source:
         Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; the maximum: Berthelot et al., "MixMatch",
@@ -58,6 +58,8 @@ def draw_mix(batch: int, alpha: float, generator: torch.Generator, *, own_share_
     """
     if alpha < 0:
         raise ValueError(f"alpha must not be negative, got {alpha}")
+    if batch < 0:
+        raise ValueError(f"batch must not be negative, got {batch}")
     partner = torch.randperm(batch, generator=generator, device=generator.device)
     # torch draws no Beta variable from a generator of one's own
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))

@@ -39,8 +39,10 @@ def soft_labels(
         dtype: of the result.
 
     Raises:
-        ValueError: ``smoothing`` is outside [0, 1].
+        ValueError: ``smoothing`` is outside [0, 1], or there is no class.
     """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if not 0 <= smoothing <= 1:
         raise ValueError(f"smoothing must lie in [0, 1], got {smoothing}")
     at = labels.long().unsqueeze(dim)
@@ -75,7 +77,7 @@ def soft_cross_entropy(
         A scalar, or a loss for each position; float32 for half types.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or the mean of no position is asked for.
         TypeError: ``logits`` is not floating-point.
     """
     if logits.shape != targets.shape:
@@ -93,7 +95,15 @@ def soft_cross_entropy(
 
 
 def reduced(losses: Float[Tensor, "..."], reduction: Reduction) -> Float[Tensor, "..."]:
-    """The mean or the sum of all entries, or the entries."""
+    """The mean or the sum of all entries, or the entries.
+
+    Raises:
+        ValueError: the mean is asked for, and there is no entry.
+    """
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.mean()
+    if reduction == "sum":
+        return losses.sum()
+    if losses.numel() == 0:
+        raise ValueError(f"a mean needs at least one loss, got losses of shape {tuple(losses.shape)}")
+    return losses.mean()

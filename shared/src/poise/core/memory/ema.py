@@ -39,11 +39,16 @@ class RampedDecay:
 
     Without a ramp the start weighs ``decay**step``, for a long time more than anything learnt (Tarvainen and Valpola 2017).
     At step 0 the average becomes the current weights.
+
+    Raises:
+        ValueError: when called, of a step before 0.
     """
 
     decay: float
 
     def __call__(self, step: int) -> float:
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
         return min(self.decay, 1 - 1 / (step + 1))
 
 

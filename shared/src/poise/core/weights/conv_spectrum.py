@@ -25,7 +25,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from poise.core.functional._numerics import full_precision, widen
+from poise.core.functional._numerics import full_precision, singular_values, widen
 from poise.core.gpu.chunking import chunked_map
 from poise.core.weights.conv_geometry import ConvGeometry, Size, per_axis
 
@@ -70,7 +70,7 @@ def conv_singular_values(
     chunk = max(1, _ENTRIES // math.prod(kernel.shape[:3]))
     with full_precision(kernel):
         values = chunked_map(
-            lambda part: torch.linalg.svdvals(symbol(kernel, part)), angles(frequencies, kernel.shape[3:]), chunk=chunk
+            lambda part: singular_values(symbol(kernel, part)), angles(frequencies, kernel.shape[3:]), chunk=chunk
         )
     # The opposites of all but the first and the middle frequency of the last axis were left out.
     values = values.unflatten(0, (-1, last // 2 + 1))
@@ -119,10 +119,13 @@ def conv_as_matrix(module: nn.Module, input_size: Size) -> Float[Tensor, "output
 
     Raises:
         TypeError: ``module`` is not a convolution.
+        ValueError: a size is not positive.
     """
     if not isinstance(module, _ConvNd):
         raise TypeError(f"module must be a convolution, got {type(module).__name__}")
     size = per_axis(input_size, module.weight.dim() - 2)
+    if min(size) < 1:
+        raise ValueError(f"input_size must be positive, got {input_size}")
     count = module.in_channels * math.prod(size)
     units = torch.eye(count, dtype=module.weight.dtype, device=module.weight.device)
     signals = units.view(count, module.in_channels, *size)

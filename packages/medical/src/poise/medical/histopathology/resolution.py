@@ -27,9 +27,11 @@ def degrade(hr: Float[Tensor, "batch 3 height width"], scale: int) -> Float[Tens
         scale: a whole factor that divides height and width.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it does not, or there is no pixel.
     """
     _, _, height, width = hr.shape
+    if height * width == 0:
+        raise ValueError(f"hr must have pixels, got shape {tuple(hr.shape)}")
     if scale < 1 or height % scale or width % scale:
         raise ValueError(f"scale must divide height and width, got {scale} for {height} x {width}")
     size = (height // scale, width // scale)

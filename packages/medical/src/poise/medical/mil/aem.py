@@ -125,9 +125,14 @@ class AttentionEntropyLoss(Penalty):
         Args:
             scores: raw scores of a batch, ``(bags, instances)`` or ``(bags, rows, instances)``, as the models return them.
             mask: True where an instance is real, ``(bags, instances)``.
+
+        Raises:
+            ValueError: the scores are no batch of bags, or hold no instance.
         """
-        if scores.ndim < 2:
-            raise ValueError(f"scores must have shape (bags, ..., instances), got {tuple(scores.shape)}")
+        if scores.ndim < 2 or scores.numel() == 0:
+            raise ValueError(
+                f"scores must have shape (bags, ..., instances) and hold an instance, got {tuple(scores.shape)}"
+            )
         real = None if mask is None else _for_every_row(mask, scores, -1)
         rows = entropy(scores, real)
         self.entropy = rows.detach().mean()

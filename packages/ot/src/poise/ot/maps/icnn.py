@@ -178,8 +178,13 @@ def gaussian_map(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> tuple[Floa
         ``S``, symmetric positive semidefinite, and ``s``.
 
     Raises:
-        ValueError: fewer than two samples, or the covariance of ``x`` is singular.
+        ValueError: fewer than two samples, samples that are not finite, or a singular covariance of ``x``.
+        TypeError: a half precision, in which there are no roots of matrices.
     """
+    if {x.dtype, y.dtype} & {torch.float16, torch.bfloat16}:
+        raise TypeError(f"x and y must be float32 or float64, got {x.dtype} and {y.dtype}")
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("x and y must be finite, got NaN or infinite entries")
     if len(x) < 2 or len(y) < 2:
         raise ValueError(f"covariances need at least 2 samples each, got {len(x)} and {len(y)}")
     covariance_x, covariance_y = torch.cov(x.T).reshape(x.shape[1], -1), torch.cov(y.T).reshape(y.shape[1], -1)

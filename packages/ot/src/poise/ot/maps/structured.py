@@ -127,12 +127,14 @@ class ConservativePenalty(Penalty):
 
         Raises:
             ValueError: ``probes`` has not the shape of ``x`` after its first axis, or the field does not keep the shape.
+            TypeError: ``probes`` are of another type than ``x``.
         """
         if probes is None:
             probes = rademacher((self.probes, *x.shape), like=x, generator=generator)
         if probes.ndim != x.ndim + 1 or probes.shape[1:] != x.shape:
             raise ValueError(f"probes must have shape (k, {', '.join(map(str, x.shape))}), got {tuple(probes.shape)}")
-
+        if probes.dtype != x.dtype:
+            raise TypeError(f"probes must be of the type of x, {x.dtype}, got {probes.dtype}")
         forward, backward = self._products(x.repeat(len(probes), *[1] * x.ndim), probes.detach())
         skew = forward - backward
         precise = skew.float() if skew.dtype in (torch.float16, torch.bfloat16) else skew

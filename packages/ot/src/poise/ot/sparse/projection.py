@@ -39,7 +39,8 @@ def sparse_simplex_projection(v: Tensor, k: int, z: float | Tensor = 1.0, dim: i
 
     Raises:
         TypeError: ``v`` is not floating-point.
-        ValueError: ``k`` is below 1, or ``z`` is a number that is not positive and finite, or a tensor whose shape does not fit.
+        ValueError: ``v`` has no entry along ``dim``, ``k`` is below 1, or ``z`` is a number that is not positive and finite, or a
+            tensor whose shape does not fit.
 
     Source:
         Kyrillidis et al. 2013, section 3 (GSSP); the threshold is that of Duchi et al., ICML 2008, figure 1.
@@ -48,6 +49,8 @@ def sparse_simplex_projection(v: Tensor, k: int, z: float | Tensor = 1.0, dim: i
         raise TypeError(f"v must be floating-point, got {v.dtype}")
     check_cardinality(k)
     columns = wide(v.movedim(dim, -1))
+    if columns.shape[-1] == 0:
+        raise ValueError(f"v must have entries along dim {dim}, got shape {tuple(v.shape)}")
     values, index = project_largest(columns, k, _totals(z, columns))
     projected = torch.zeros_like(columns).scatter(-1, index, values)
     return projected.movedim(-1, dim).to(v.dtype)

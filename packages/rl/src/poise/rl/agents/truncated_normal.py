@@ -63,6 +63,12 @@ class TruncatedNormal:
         return clamp_through(action, -1 + self.eps, 1 - self.eps)
 
     def log_prob(self, action: Float[Tensor, "*batch a"]) -> Float[Tensor, "*batch a"]:
-        """Log density of the normal before clipping and clamping, per entry of the action, as the released code has it."""
+        """Log density of the normal before clipping and clamping, per entry of the action, as the released code has it.
+
+        Raises:
+            ValueError: the action has not the shape of the mean.
+        """
+        if action.shape != self.mean.shape:
+            raise ValueError(f"action must have shape {tuple(self.mean.shape)}, got {tuple(action.shape)}")
         stddev = self.stddev if isinstance(self.stddev, Tensor) else self.mean.new_full((), self.stddev)
         return -((action - self.mean) / stddev).square() / 2 - stddev.log() - 0.5 * math.log(2 * math.pi)

@@ -18,7 +18,8 @@ class StateNormalizer(nn.Module):
         scale: σ + ε, (s,), with the standard deviation of the data as they are (no Bessel correction).
 
     Raises:
-        ValueError: no rows, another number of axes, entries that are not finite, or ``eps`` not above 0.
+        ValueError: no rows, another number of axes, entries that are not finite, or ``eps`` not above 0; when called, an
+            observation of another length.
 
     >>> import torch
     >>> normalizer = StateNormalizer(torch.tensor([[0.0, 5.0], [2.0, 5.0]]))
@@ -43,4 +44,6 @@ class StateNormalizer(nn.Module):
         self.register_buffer("scale", (wide.std(0, correction=0) + eps).to(observations.dtype))
 
     def forward(self, observation: Float[Tensor, "*batch s"]) -> Float[Tensor, "*batch s"]:
+        if observation.shape[-1:] != self.mean.shape:
+            raise ValueError(f"expected observations of {len(self.mean)} entries, got shape {tuple(observation.shape)}")
         return (observation - self.mean) / self.scale

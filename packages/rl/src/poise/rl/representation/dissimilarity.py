@@ -32,7 +32,13 @@ class DissimilarityRegularizer(Penalty):
         self.eps = eps
 
     def penalty(self, features: Float[Tensor, "batch d"], next_features: Float[Tensor, "batch d"]) -> Tensor:
-        """The mean cosine, plus one; ``next_features`` are constant."""
+        """The mean cosine, plus one; ``next_features`` are constant.
+
+        Raises:
+            ValueError: there is no transition.
+        """
+        if len(features) == 0:
+            raise ValueError(f"features must hold at least one transition, got shape {tuple(features.shape)}")
         wide = torch.promote_types(features.dtype, torch.float32)
         pair = features.to(wide), next_features.detach().to(wide)
         return functional.cosine_similarity(*pair, dim=-1, eps=self.eps).mean() + 1

@@ -31,7 +31,13 @@ class DR3Regularizer(Penalty):
         super().__init__(weight)
 
     def penalty(self, features: Float[Tensor, "batch d"], next_features: Float[Tensor, "batch d"]) -> Tensor:
-        """The mean inner product; ``next_features`` are constant."""
+        """The mean inner product; ``next_features`` are constant.
+
+        Raises:
+            ValueError: there is no transition.
+        """
+        if len(features) == 0:
+            raise ValueError(f"features must hold at least one transition, got shape {tuple(features.shape)}")
         wide = torch.promote_types(features.dtype, torch.float32)
         return (features.to(wide) * next_features.detach().to(wide)).sum(-1).mean()
 

@@ -99,7 +99,7 @@ def nlm_cosine(
     given = [param.grad for param in params] if grads is None else list(grads)
     if len(given) != len(params):
         raise ValueError(f"expected one gradient per parameter, got {len(given)} for {len(params)}")
-    pairs = [(_flat(w), _flat(g)) for w, g in zip(params, given, strict=True) if g is not None]
+    pairs = [(_flat(w), _flat(g).to(_flat(w))) for w, g in zip(params, given, strict=True) if g is not None]
     if not pairs:
         raise ValueError("no parameter has a gradient: call it between backward() and zero_grad()")
     if shapes := [(w.numel(), g.numel()) for w, g in pairs if w.numel() != g.numel()]:

@@ -131,7 +131,8 @@ def stablemax_cross_entropy(
 
     Raises:
         TypeError: ``z`` is not floating-point.
-        ValueError: ``reduction`` is unknown, ``label_smoothing`` is outside [0, 1], or ``z`` and ``y`` do not fit.
+        ValueError: ``reduction`` is unknown, ``label_smoothing`` is outside [0, 1], ``z`` and ``y`` do not fit, or the mean of no
+            sample is asked for.
 
     Source:
         Section 3, the definition of StableMax.
@@ -139,10 +140,23 @@ def stablemax_cross_entropy(
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     squashed = log_s(widen(z, "logits"))
+    _check_target(z, y)
+    if reduction == "mean" and z.numel() == 0:
+        raise ValueError(f"a mean needs at least one sample, got logits of shape {tuple(z.shape)}")
     target = y.to(squashed.dtype) if y.is_floating_point() else y
     return F.cross_entropy(
         squashed, target, reduction=reduction, label_smoothing=label_smoothing, ignore_index=ignore_index
     )
+
+
+def _check_target(z: Tensor, y: Tensor) -> None:
+    """Whether ``y`` holds a class, or one probability per class, for every position of ``z``."""
+    expected = z.shape if y.is_floating_point() else z.shape[1:] if z.ndim == 1 else z.shape[:1] + z.shape[2:]
+    if z.ndim == 0 or z.shape[min(z.ndim - 1, 1)] == 0 or y.shape != expected:
+        raise ValueError(
+            "y must hold class indices, of the shape of z without the classes, or probabilities, of the shape of z: "
+            f"got {y.dtype} of shape {tuple(y.shape)} for {tuple(z.shape)}"
+        )
 
 
 class StableMaxCrossEntropy(nn.Module):

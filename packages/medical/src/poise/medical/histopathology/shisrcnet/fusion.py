@@ -53,12 +53,14 @@ class CSFBlock(nn.Module):
             low: the smaller map. Where twice its size is not that of ``high``, it is resized bilinearly after it was enlarged.
 
         Raises:
-            ValueError: the maps differ in batch or channels; in training also a batch of one image.
+            ValueError: the maps differ in batch or channels, or have no pixels; in training also a batch of one image.
         """
         if high.shape[:2] != low.shape[:2]:
             raise ValueError(
                 f"both maps must have the same batch and channels, got {tuple(high.shape)} and {tuple(low.shape)}"
             )
+        if not (high.shape[2:].numel() and low.shape[2:].numel()):
+            raise ValueError(f"both maps must have pixels, got {tuple(high.shape)} and {tuple(low.shape)}")
         check_batch(self, high)
         up = self.up(low)
         if up.shape[2:] != high.shape[2:]:

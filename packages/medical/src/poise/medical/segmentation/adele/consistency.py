@@ -48,13 +48,15 @@ def multiscale_consistency(
         The mean over all pixels of the batch, the map d (B, *S), and the mixture q (B, C, *S).
 
     Raises:
-        ValueError: no logits, their shapes differ or are not those of pictures or volumes, or ``weights`` or ``ignore_mask`` does
-            not fit.
+        ValueError: no logits, or empty ones, their shapes differ or are not those of pictures or volumes, or ``weights`` or
+            ``ignore_mask`` does not fit.
 
     Source:
         Liu et al. 2022, section 3 (multiscale consistency); the clamp and the missing 1/m from the authors' code.
     """
     _check_logits(logits_list)
+    if logits_list[0].numel() == 0:
+        raise ValueError(f"logits must not be empty, got shape {tuple(logits_list[0].shape)}")
     wide = torch.promote_types(logits_list[0].dtype, torch.float32)
     log_p = torch.stack([logits.to(wide).log_softmax(1) for logits in logits_list])  # (m, B, C, *S)
     p = log_p.exp()

@@ -150,7 +150,7 @@ def _curve(t: npt.NDArray[np.float64], a: float, b: float, c: float) -> npt.NDAr
 
 
 def _values(given: Curve, name: str, largest: float = 1.0) -> npt.NDArray[np.float64]:
-    values = np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given, dtype=np.float64)
+    values = np.asarray(given.detach().double().cpu() if isinstance(given, Tensor) else given, dtype=np.float64)
     if values.ndim != 1:
         raise ValueError(f"{name} must be one value after the other, got shape {values.shape}")
     if not np.isfinite(values).all() or (values < 0).any() or (values > largest).any():
