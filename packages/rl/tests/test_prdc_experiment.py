@@ -43,6 +43,7 @@ def test_every_arm_learns_and_all_are_compared(tmp_path):
     assert len({results[arm].metrics["behaviour"] for arm in TASK_ARMS}) == 1, "one log for all arms"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_arms_begin_alike_whatever_they_learned_before(tmp_path):
     config = replace(QUICK, line_steps=1)  # the policy has not moved yet
     lines = [train(config, arm, tmp_path).load("line") for arm in ("prdc", "support")]
@@ -120,6 +121,7 @@ def test_paper_preset_says_what_is_wrong_with_its_data(name, words, tmp_path):
         train(EXPERIMENT.presets["paper"], "prdc", tmp_path / "out", data=tmp_path / name)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("arm", ["baseline", "prdc"])
 def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path, monkeypatch):
     monkeypatch.setattr("poise.core.lab.run.CHECKPOINT_SECONDS", 0.0)
