@@ -89,6 +89,21 @@ class Plan:
             samples: add_imports(append(known, "SAMPLES", self.fill("sample_entry.py.txt"), samples), imports),
         }
 
+    @property
+    def next_steps(self) -> str:
+        """What to run while filling the skeletons, and after."""
+        test = self.member.relative_to(self.root) / "tests" / f"test_{self.name}.py"
+        laws = "tests/test_contract.py tests/test_catalogs.py tests/test_snippets.py"
+        words = " or ".join(dict.fromkeys((self.name, self.slug)))
+        return (
+            "Everything marked FILL IN is yours to write. While you do, these say what is left of this method alone:\n"
+            f'    uv run pytest -n 0 {test} {laws} -k "{words}"\n'
+            f"    uv run poise run {self.package}/{self.slug}\n"
+            "Then come the page and the tables, and everything that must pass:\n"
+            "    uv run python tools/refresh_results.py\n"
+            "    bash .ci/run"
+        )
+
     def fill(self, template: str) -> str:
         """A template with this method's names."""
         text = (TEMPLATES / template).read_text(encoding="utf-8")
@@ -179,7 +194,10 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("package", metavar="PACKAGE", help=", ".join(PACKAGES))
     parser.add_argument("slug", metavar="SLUG", help="the method's name, such as monge-gap")
     parser.add_argument(
-        "--family", default="penalties", metavar="FOLDER", help="folder of its module (default: penalties)"
+        "--family",
+        default="penalties",
+        metavar="FOLDER",
+        help="folder of its module, of relatives or new (default: penalties)",
     )
     options = parser.parse_args(arguments)
     try:
@@ -190,8 +208,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         return 2
     for path in files:
         print(path.relative_to(root))
-    folder = made.member.relative_to(root)
-    print(f"\nEverything marked FILL IN is yours to write; `uv run pytest {folder} tests` says what is left.")
+    print(f"\n{made.next_steps}")
     return 0
 
 

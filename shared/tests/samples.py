@@ -734,14 +734,15 @@ SORSA = (
 
 
 SAMPLES = (
-    FUNCTIONAL
-    + GATES
-    + MEMORY
-    + NEIGHBORS
-    + ORTHOGONAL_CONV
-    + GROKKING_STABILITY
-    + ELR
-    + PS_KD
-    + PELA
-    + WEIGHT_COMPANDER
-) + SORSA
+    *FUNCTIONAL,
+    *GATES,
+    *MEMORY,
+    *NEIGHBORS,
+    *ORTHOGONAL_CONV,
+    *GROKKING_STABILITY,
+    *ELR,
+    *PS_KD,
+    *PELA,
+    *WEIGHT_COMPANDER,
+    *SORSA,
+)

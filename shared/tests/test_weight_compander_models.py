@@ -5,7 +5,6 @@ import inspect
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -48,7 +47,7 @@ MODELS = {
     "attention": (Attention, (2, 4, 8)),
     "attention_of_other_sizes": (lambda: Attention(kdim=6, vdim=5), (2, 4, 8)),
     "transformer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), (2, 4, 8)),
-    "resnet18": (lambda: torchvision.models.resnet18(num_classes=7), (2, 3, 32, 32)),
+    "resnet18": (lambda: pytest.importorskip("torchvision.models").resnet18(num_classes=7), (2, 3, 32, 32)),
 }
 
 

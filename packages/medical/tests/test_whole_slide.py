@@ -1,4 +1,5 @@
 import sys
+from importlib.util import find_spec
 
 import h5py
 import numpy as np
@@ -8,6 +9,10 @@ import torch
 from skimage.data import immunohistochemistry
 
 from poise.medical import FeatureBagDataset, Slide, Slides, SlideTiles, extract_features
+
+needs_openslide = pytest.mark.skipif(
+    find_spec("openslide") is None, reason="the extra poise-medical[slides] is not installed"
+)
 
 SIDE = 1_024
 GLASS = 256
@@ -42,6 +47,7 @@ def picture(tmp_path_factory, pixels):
     return path
 
 
+@needs_openslide
 def test_a_tile_is_the_region_of_the_slide_at_its_coordinates(slide, pixels):
     tiles = SlideTiles(slide, size=128, tissue=0)
     assert len(tiles) == (SIDE // 128) ** 2
@@ -52,18 +58,21 @@ def test_a_tile_is_the_region_of_the_slide_at_its_coordinates(slide, pixels):
         torch.testing.assert_close(tile.pixels, truth)
 
 
+@needs_openslide
 def test_a_picture_gives_the_tiles_that_a_slide_does(slide, picture):
     scanned, ordinary = SlideTiles(slide, size=128), SlideTiles(picture, size=128)
     assert torch.equal(scanned.coords, ordinary.coords)
     torch.testing.assert_close(scanned[3].pixels, ordinary[3].pixels)
 
 
+@needs_openslide
 def test_glass_is_left_out(slide):
     tiles = SlideTiles(slide, size=128)
     assert 0 < len(tiles) <= (SIDE - GLASS) * SIDE // 128**2
     assert (tiles.coords[:, 0] >= GLASS).all()
 
 
+@needs_openslide
 def test_a_coarser_resolution_covers_more_with_a_tile_and_comes_from_the_coarser_level(slide, pixels):
     tiles = SlideTiles(slide, size=64, mpp=0.5, tissue=0)
     assert tiles.side == 128
@@ -75,17 +84,20 @@ def test_a_coarser_resolution_covers_more_with_a_tile_and_comes_from_the_coarser
     )
 
 
+@needs_openslide
 def test_resolutions_between_levels_are_scaled_from_the_finer_one(slide):
     tile = SlideTiles(slide, size=64, mpp=0.75, tissue=0)[5]
     assert tile.pixels.shape == (3, 64, 64)
     assert 0 <= tile.pixels.min() < tile.pixels.max() <= 1
 
 
+@needs_openslide
 def test_tiles_may_overlap(slide):
     tiles = SlideTiles(slide, size=128, stride=64, tissue=0)
     assert len(tiles) == ((SIDE - 128) // 64 + 1) ** 2
 
 
+@needs_openslide
 def test_features_are_read_back_as_a_bag(slide, tmp_path):
     tiles = SlideTiles(slide, size=64)
     root = tmp_path / "features"
@@ -95,6 +107,7 @@ def test_features_are_read_back_as_a_bag(slide, tmp_path):
     torch.testing.assert_close(bag.features[11], tiles[11].pixels.mean((1, 2)), atol=1e-3, rtol=0)
 
 
+@needs_openslide
 def test_a_finished_file_is_kept_and_a_failed_one_leaves_none(slide, tmp_path):
     tiles, target = SlideTiles(slide, size=256), tmp_path / "case.h5"
     with pytest.raises(ValueError, match="row of finite features"):
@@ -115,6 +128,7 @@ def test_without_openslide_a_slide_says_what_to_install(slide, picture, monkeypa
     assert len(SlideTiles(picture)) > 0
 
 
+@needs_openslide
 def test_bad_input_is_refused(slide, picture, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.svs"):
         SlideTiles(tmp_path / "nothing.svs")

@@ -2,7 +2,6 @@
 
 import itertools
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -36,6 +35,8 @@ def write_published_pair(folder, dim):
 
 
 def write_string(group, name, values):
+    import h5py
+
     dataset = group.create_dataset(name, data=np.array(values, dtype=object), dtype=h5py.string_dtype())
     dataset.attrs["encoding-type"] = "string-array"
 
@@ -64,6 +65,8 @@ def write_matrix(file, name, matrix, layout):
 
 def write_h5ad(path, drugs, doses, layout="dense", control=None, features=5, legacy=False):
     """A file of the on-disk format of AnnData 0.8 and later, or of 0.7."""
+    import h5py
+
     matrix = np.random.default_rng(0).poisson(0.7, (len(drugs), features)).astype(np.float32)
     with h5py.File(path, "w") as file:
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
@@ -101,4 +104,5 @@ def _write_published_pair():
 
 @pytest.fixture(name="write_h5ad")
 def _write_h5ad():
+    pytest.importorskip("h5py", reason="the extra poise-ot[cells] is not installed")
     return write_h5ad

@@ -1,6 +1,5 @@
 """Responses of single cells are read from AnnData files of every layout, and bad files are explained."""
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -40,6 +39,8 @@ def integer(obs):
 
 
 def words(obs):
+    import h5py
+
     obs.create_dataset("control", data=[str(drug == "control") for drug in DRUGS], dtype=h5py.string_dtype())
 
 
@@ -65,6 +66,8 @@ def test_cells_can_be_read_as_components_and_without_doses(tmp_path, write_h5ad)
 
 
 def test_bad_cell_files_are_explained(tmp_path, write_h5ad):
+    import h5py
+
     with pytest.raises(FileNotFoundError, match=r"one \.h5ad file"):
         read_cells(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file"):

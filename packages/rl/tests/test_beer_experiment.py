@@ -47,6 +47,7 @@ def test_agents_learn_to_act(arm, tmp_path):
     assert len(result.load("curves")["step"]) == 2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_weight_zero_is_the_baseline(tmp_path):
     plain, zero = train(QUICK, "baseline", tmp_path), train(replace(QUICK, beta=0.0), "beer", tmp_path)
     assert plain.metrics == zero.metrics
@@ -68,6 +69,7 @@ def test_paper_preset_takes_steps_at_the_published_sizes(tmp_path):
     assert "return" in train(config, "beer", tmp_path).metrics
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("config", [QUICK, CONTROL], ids=["quick", "control"])
 @pytest.mark.parametrize("arm", ["strong_beer", "infer"])
 def test_an_interrupted_run_resumes_bit_identically(config, arm, tmp_path):
