@@ -1,12 +1,13 @@
 """The experiment: every arm of both presets trains, claims have their metrics, and a killed run resumes bit-identically."""
 
 from dataclasses import replace
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
-from poise.core.lab import ArmResult, Run
+from poise.core.lab import Run
+from poise.core.lab.rehearsal import check_resume, figures, rehearse
 from poise.rl import DrQV2Agent, make_dmc_pixels
 from poise.rl.experiments import adaptive_rr as experiment
 from poise.rl.experiments.adaptive_rr import EXPERIMENT
@@ -36,16 +37,12 @@ TINY = replace(
 )
 
 
+train = partial(rehearse, EXPERIMENT)
+
+
 @pytest.fixture(autouse=True)
 def renderer():
     pytest.importorskip("pygame")
-
-
-def train(config, arm, folder, **arguments):
-    run = Run.scratch(folder / arm, **arguments)
-    metrics = EXPERIMENT.run(config, arm, run)
-    assert all(np.isfinite(value) for value in metrics.values())
-    return ArmResult(arm, metrics, run.dir)
 
 
 def test_every_arm_of_the_quick_preset_is_trained_and_compared(tmp_path):
@@ -54,7 +51,7 @@ def test_every_arm_of_the_quick_preset_is_trained_and_compared(tmp_path):
         for arm in (claim.arm, claim.versus):
             assert arm is None or claim.metric in results[arm].metrics
     EXPERIMENT.compare(TINY, results, Run.scratch(tmp_path / "compare"))
-    assert {path.name for path in (tmp_path / "compare" / "figures").iterdir()} == {"arms.png", "probe.png"}
+    assert figures(tmp_path / "compare") == {"arms.png", "probe.png"}
     assert (results["baseline"].dir / "figures" / "policy.gif").read_bytes().startswith(b"GIF89a")
     updates = {arm: results[arm].metrics["updates"] for arm in QUICK if arm in ACTING}
     assert (updates["baseline"], updates["rr_high"], updates["rr_high_no_shift"]) == (6, 24, 24)
@@ -119,27 +116,8 @@ def test_paper_preset_takes_steps_at_the_published_sizes(tmp_path):
     assert result.load("log")["td_loss"][0] > 0
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("arm", ["adaptive", "primed", "inject_critic", "probe_no_shift"])
-def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_bit_identically(arm, tmp_path):
     config = replace(TINY, steps=30, check_freq=2, phi_gap=0.5, start_steps=20)
-    monkeypatch.setattr("poise.core.lab.run.CHECKPOINT_SECONDS", 0.0)
-    whole = train(config, arm, tmp_path / "whole")
-
-    class KilledError(Exception):
-        pass
-
-    update, calls = DrQV2Agent.update, []
-
-    def killed(*arguments):
-        calls.append(arguments)
-        if len(calls) == 7:
-            raise KilledError
-        return update(*arguments)
-
-    monkeypatch.setattr(DrQV2Agent, "update", killed)
-    with pytest.raises(KilledError):
-        train(config, arm, tmp_path / "killed")
-    monkeypatch.setattr(DrQV2Agent, "update", update)
-    resumed = train(config, arm, tmp_path / "killed")
-    assert resumed.metrics == whole.metrics
-    assert (resumed.dir / "metrics.jsonl").read_bytes() == (whole.dir / "metrics.jsonl").read_bytes()
+    check_resume(EXPERIMENT, config, arm, tmp_path, kill=(DrQV2Agent, "update", 7))

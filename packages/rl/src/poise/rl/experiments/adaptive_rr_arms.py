@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch
 
-from poise.rl.agents.drqv2 import DrQV2Agent, Heads
+from poise.rl.agents.drqv2 import DrQV2Agent
+from poise.rl.agents.pixel_networks import Heads
 from poise.rl.plasticity.redo import recycle_dormant
 from poise.rl.plasticity.reset import shrink_and_perturb
 from poise.rl.plasticity.surgery import with_crelu, with_layer_norm, with_spectral_norm

@@ -79,7 +79,7 @@ class Config:
     check_freq: int = 4
     phi_gap: float = 0.01
     start_steps: int = 600
-    steps: int = 2_000
+    steps: int = 1_500
     buffer: int = 3_000
     memory_budget: int = 8 * 2**30
     batch: int = 32
@@ -88,7 +88,7 @@ class Config:
     learning_rate: float = 5e-4
     tau: float = 0.01
     stddev: str = "linear(1.0,0.1,1600)"
-    evaluate_every: int = 400
+    evaluate_every: int = 500
     episodes: int = 5
     intervene_at: int = 400
     intervene_every: int = 200

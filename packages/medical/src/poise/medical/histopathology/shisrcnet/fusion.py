@@ -96,7 +96,13 @@ class CrossScalePyramid(nn.Module):
         self.out_features = 3 * channels
 
     def forward(self, features: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features"]:
-        """The concatenated means of the three scales, the smallest first."""
+        """The concatenated means of the three scales, the smallest first.
+
+        Raises:
+            ValueError: the map has no pixels.
+        """
+        if 0 in features.shape[2:]:
+            raise ValueError(f"features must have pixels, got shape {tuple(features.shape)}")
         f1 = self.pool(features)
         f2 = self.pool(f1)
         f3 = self.pool(f2)

@@ -50,14 +50,16 @@ def multiscale_forward(
         For each scale logits (B, C, *S).
 
     Raises:
-        ValueError: ``x`` is neither 2-D nor 3-D, there is no scale or one that is not positive, or ``divisor`` is below 1.
+        ValueError: ``x`` is neither 2-D nor 3-D or has no pixels, there is no scale or one that is not positive, or ``divisor`` is
+            below 1.
 
     Source:
         Liu et al. 2022, section 3 (multiscale consistency).
     """
-    if x.ndim not in _MODES:
+    if x.ndim not in _MODES or 0 in x.shape[2:]:
         raise ValueError(
-            f"x must be (batch, channels, height, width) or (batch, channels, depth, height, width), got {tuple(x.shape)}"
+            "x must be (batch, channels, height, width) or (batch, channels, depth, height, width), with pixels, "
+            f"got {tuple(x.shape)}"
         )
     if not scales or not all(scale > 0 for scale in scales):
         raise ValueError(f"scales must be positive numbers, at least one, got {tuple(scales)}")
