@@ -44,6 +44,8 @@ def pictures(source: Tensor, target: Tensor, results: Mapping[str, ArmResult]) -
     panels = figure.subplots(3, 2, height_ratios=(1, 1, 1.05))
     _photograph(panels[0, 0], "source", source)
     _photograph(panels[0, 1], "target colours", target)
+    panels[2, 1].sharex(panels[2, 0])
+    panels[2, 1].sharey(panels[2, 0])
     for column, arm in enumerate(shown):
         _photograph(panels[1, column], NAMES[arm], results[arm].load("picture")["picture"])
         _paths(panels[2, column], results[arm].load("clouds"))
@@ -82,8 +84,8 @@ def displacements(title: str, clouds: Mapping[str, Tensor], *, colours: bool) ->
     figure = _figure(6.4, 5.6)
     axes = figure.add_subplot()
     _arrows(axes, clouds, colours=colours)
-    axes.set_title(title, fontsize=10)
-    axes.legend(loc="best", fontsize=8)
+    axes.set_title(title, fontsize=11)
+    axes.legend(loc="best", fontsize=11)
     return figure
 
 
@@ -94,22 +96,25 @@ def curves(title: str, values: Mapping[str, Tensor]) -> "Figure":
     for name in CURVES:
         axes.plot(values["step"].numpy(), values[name].numpy(), label=LABELS[name])
     axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8)
+    axes.set_xlabel("step", fontsize=11)
+    axes.set_title(title, fontsize=11)
+    axes.legend(fontsize=11)
     return figure
 
 
 def metrics(results: Mapping[str, ArmResult]) -> "Figure":
     """Fit and gaps of all arms, side by side."""
     shown = [name for name in LABELS if all(name in result.metrics for result in results.values())]
-    figure = _figure(3.6 * len(shown), 0.5 * len(results) + 1.4)
+    figure = _figure(4.2 * len(shown), 0.5 * len(results) + 1.4)
     for index, name in enumerate(shown):
         axes = figure.add_subplot(1, len(shown), index + 1)
-        axes.barh(list(results), [result.metrics[name] for result in results.values()], color=f"C{index}")
+        axes.barh(
+            [NAMES[arm] for arm in results], [result.metrics[name] for result in results.values()], color=f"C{index}"
+        )
         axes.invert_yaxis()
         axes.set_xscale("log")
-        axes.set_title(LABELS[name], fontsize=9)
+        axes.set_title(LABELS[name], fontsize=12)
+        axes.tick_params(labelsize=12)
         if index:
             axes.set_yticklabels([])
     return figure
@@ -143,7 +148,7 @@ def _photograph(axes: "Axes", title: str, image: Tensor) -> None:
 
 
 def _paths(axes: "Axes", clouds: Mapping[str, Tensor], count: int = 70) -> None:
-    """From where to where a few colours go, each line and its ends in the colours of the two."""
+    """From where to where a few colours go, in the plane of largest variance, drawn in the colours along the way."""
     from matplotlib.collections import LineCollection
 
     x, t = (clouds[name][:count] for name in ("x", "t"))
@@ -162,7 +167,6 @@ def _paths(axes: "Axes", clouds: Mapping[str, Tensor], count: int = 70) -> None:
         axes.scatter(*place.T.numpy(), s=34, c=ink.numpy(), marker=marker, edgecolors="0.25", linewidths=0.6, zorder=3)
     axes.set_title("where its colours go (○ → □)", fontsize=14)
     axes.set_facecolor("0.93")
-    axes.set_aspect("equal", adjustable="datalim")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
