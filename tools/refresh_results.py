@@ -56,16 +56,16 @@ FEATURED = "ot/monge-gap"
 
 SHOWN = {
     "ot/monge-gap": (
-        "The colours of the flower go to the temple. A map that only has to fit (top right) mixes up which colour belongs where; "
-        "with the Monge gap (second row) light stays light and dark stays dark."
+        "The colours of the flower go to the temple. A map that only has to fit (middle left) mixes up which colour belongs where; "
+        "with the Monge gap (middle right) warm tones go to warm ones and cool tones to cool ones. Below: where single colours go."
     ),
     "core/elr": (
-        "Half of the training labels are redrawn at random. Plain training (blue) learns the wrong ones by heart and forgets what it "
-        "knew; ELR (red) and ELR+ (violet) do not."
+        "Half of the training labels are redrawn at random. Plain training (black) learns the wrong ones by heart and forgets what "
+        "it knew; ELR (blue) and ELR+ (orange) do not."
     ),
     "core/grokking-stability": (
-        "Each square is the table of all sums modulo a prime, blue where the network is right. Without perpGrad it knows what it "
-        "was trained on and little else; with perpGrad it fills the table."
+        "Each square is a table of all sums modulo a prime as a network answers them; right answers make smooth stripes. Without "
+        "perpGrad it knows what it was trained on and little else; with perpGrad it fills the table."
     ),
 }
 """The methods whose pictures greet a reader, and what to see in them."""

@@ -30,7 +30,9 @@ def test_every_arm_takes_steps_and_reports_what_is_claimed_of_it(tmp_path: Path)
     for arm, result in found.items():
         curves = result.load("curves")
         assert curves["step"].tolist() == list(range(0, 7 if experiment.SETUPS[arm].long else 5, 2))
-        assert result.load("table")["right"].shape == (11, 11)
+        table = result.load("table")
+        sums = torch.arange(11)[:, None] + torch.arange(11)
+        assert torch.equal(table["right"], table["answers"] == sums % 11)
         assert (result.dir / "figures" / "curves.png").is_file()
     run = Run.scratch(tmp_path / "compare")
     assert EXPERIMENT.compare is not None

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.core.data import mnist5k
-from poise.core.experiments.elr_measures import Progress, epochs_figure
+from poise.core.experiments.elr_measures import Progress, epochs_figure, story_figure
 from poise.core.experiments.noisy_labels import Noise, all_logits, indexed_batches, noisy, part, percent, predictor
 from poise.core.experiments.published_images import ImageSplit, InMemory, read_cifar, steps_per_epoch
 from poise.core.experiments.resnets import Channels, resnet
@@ -286,8 +286,10 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
 
 
 def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
-    """The epochs of all arms."""
-    run.figure("arms", epochs_figure({arm: result.load("history") for arm, result in results.items()}))
+    """The epochs of all arms: first what the method is about, then with the gradients behind it."""
+    histories = {arm: result.load("history") for arm, result in results.items()}
+    run.figure("arms", story_figure(histories))
+    run.figure("epochs", epochs_figure(histories))
 
 
 # Claims

@@ -189,7 +189,7 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
 
     run.save("curves", step=torch.arange(0, steps + 1, config.measure_every), **curves)
     if config.task == "modular":
-        run.save("table", right=right_answers(config, plain.eval(), run.device))
+        run.save("table", **table_of(config, plain.eval(), run.device))
     run.figure("curves", figures.curves(setup.text, config.measure_every, curves))
     return summary(config, setup, curves)
 
@@ -221,11 +221,12 @@ def measure(setup: Arm, model: nn.Module, x: Tensor, y: Tensor, data: Split) -> 
 
 
 @torch.no_grad()
-def right_answers(config: Config, model: nn.Module, device: torch.device) -> Tensor:
-    """Which entries of the whole table of the operation the network knows."""
+def table_of(config: Config, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """What the network answers for every entry of the whole table of the operation, and where that is right."""
     inputs, labels = modular(config).table()
-    known = model(inputs.to(device)).argmax(-1).cpu() == labels
-    return known.reshape(config.p - modular(config).start, -1)
+    answers = model(inputs.to(device)).argmax(-1).cpu()
+    shape = (config.p - modular(config).start, -1)
+    return {"answers": answers.reshape(shape).to(torch.int16), "right": (answers == labels).reshape(shape)}
 
 
 def summary(config: Config, setup: Arm, curves: dict[str, Tensor]) -> dict[str, float]:
@@ -245,8 +246,9 @@ def summary(config: Config, setup: Arm, curves: dict[str, Tensor]) -> dict[str, 
 
 
 def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
-    """The figure across arms."""
+    """Figures across arms."""
     run.figure("grokking", figures.grokking(config.steps, results))
+    run.figure("courses", figures.courses(config.steps, results))
 
 
 # Claims

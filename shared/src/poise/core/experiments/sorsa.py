@@ -229,11 +229,13 @@ def measured(config: Config, task: Task, net: nn.Module, before: measures.Weight
 
 
 def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
-    """Training loss and change of the weights, all arms in one figure each."""
+    """Training loss and change of the weights."""
     courses = {arm: result.load("course") for arm, result in results.items()}
-    run.figure("loss", measures.curves({arm: course["losses"] for arm, course in courses.items()}, ARMS))
-    if config.measure_every:
-        run.figure("change", measures.changes({arm: course["history"] for arm, course in courses.items()}, ARMS))
+    losses = {arm: course["losses"] for arm, course in courses.items()}
+    histories = {arm: course["history"] for arm, course in courses.items()} if config.measure_every else {}
+    run.figure("loss", measures.curves(losses, histories, config.measure_every))
+    if histories:
+        run.figure("change", measures.changes(histories, ARMS))
 
 
 # Claims

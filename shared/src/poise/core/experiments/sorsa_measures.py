@@ -12,9 +12,11 @@ from poise.core.adapters.sorsa import sorsa_deltas
 from poise.core.adapters.sorsa_penalty import sorsa_penalty
 from poise.core.adapters.svd import truncated_svd
 from poise.core.adapters.targets import find_targets, weight_matrix
+from poise.core.experiments.line_ends import name_line_ends
 from poise.core.names import plain_modules
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Weights = dict[str, Float[Tensor, "outputs inputs"]]
@@ -83,29 +85,69 @@ def triplet_metrics(model: nn.Module, singular_values: Mapping[str, Tensor]) -> 
     }
 
 
-def curves(losses: Mapping[str, Tensor], names: Mapping[str, str], smooth: int = 20) -> "Figure":
-    """Training loss of every arm, as a running mean."""
-    from matplotlib.figure import Figure
+STORY = {
+    "baseline": ("LoRA", "#1f2937", 2.6),
+    "pissa": ("PiSSA", "#059669", 2.6),
+    "sorsa_unregularized": ("SORSA, γ = 0", "#7aa2f2", 1.6),
+    "sorsa": ("SORSA", "#2563eb", 2.6),
+    "sorsa_strong": ("SORSA, 10 γ", "#7aa2f2", 1.6),
+    "full": ("all weights", "#d97706", 2.6),
+}
+"""The arms of the first figure: name, colour and width of the line."""
 
-    figure = Figure(figsize=(6, 3.6))
-    axes = figure.subplots()
-    for arm, values in losses.items():
-        window = min(smooth, len(values))
-        means = values.unfold(0, window, 1).mean(-1)
-        axes.plot(torch.arange(len(means)) + window // 2, means, label=names[arm])
-    axes.set(xlabel="step", ylabel=f"training loss, mean of {smooth} steps", yscale="log")
-    axes.legend(fontsize=7)
+
+def curves(losses: Mapping[str, Tensor], histories: Mapping[str, Tensor], every: int, smooth: int = 20) -> "Figure":
+    """Training loss as a running mean and, below, how far the singular values have moved, over the steps.
+
+    Args:
+        losses: of each arm, one per step.
+        histories: loss on the probe, change of singular values, change of directions of each arm; none if they were not measured.
+        every: steps between two rows of a history.
+        smooth: steps of the running mean.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    figure = Figure(figsize=(6.6, 6.4 if histories else 3.6), layout="constrained")
+    panels = figure.subplots(2 if histories else 1, 1, sharex=True, squeeze=False)[:, 0]
+    for arm in STORY:
+        if arm in losses:
+            window = min(smooth, len(losses[arm]))
+            means = losses[arm].unfold(0, window, 1).mean(-1)
+            _line(panels[0], arm, torch.arange(window, len(losses[arm]) + 1), means)
+        if arm in histories:
+            steps = every * torch.arange(1, len(histories[arm]) + 1)
+            _line(panels[1], arm, steps, histories[arm][:, 1])
+    titles = f"training loss, mean of the last {smooth} steps", "change of the singular values"
+    for axes, title in zip(panels, titles, strict=False):
+        axes.set_title(title, fontsize=14, loc="left")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        axes.tick_params(labelsize=12)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+        axes.margins(x=0)
+        name_line_ends(axes, {arm: name for arm, (name, _, _) in STORY.items()}, fontsize=13)
+    panels[-1].set_xlabel("training step", fontsize=13)
     return figure
+
+
+def _line(axes: "Axes", arm: str, steps: Tensor, values: Tensor) -> None:
+    _, colour, width = STORY[arm]
+    axes.plot(steps, values, label=arm, color=colour, linewidth=width)
 
 
 def changes(histories: Mapping[str, Tensor], names: Mapping[str, str]) -> "Figure":
     """Change of singular values against change of directions while training, one line per arm."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 4))
+    figure = Figure(figsize=(6.4, 6), layout="constrained")
     axes = figure.subplots()
     for arm, history in histories.items():
         axes.plot(history[:, 2], history[:, 1], marker=".", label=names[arm])
-    axes.set(xlabel="change of directions", ylabel="change of singular values")
-    axes.legend(fontsize=7)
+    axes.set_xlabel("change of directions", fontsize=12)
+    axes.set_ylabel("change of singular values", fontsize=12)
+    axes.legend(fontsize=11)
     return figure

@@ -273,7 +273,7 @@ def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
             run.figure(f"weights_{host}", figures.histograms({arm: results[arm].load("weights") for arm in arms}))
     groups = {host: (host, *(with_compander(host, name) for name in COMPANDERS)) for host in HOSTS}
     ran = {arm: result.metrics for arm, result in results.items()}
-    run.figure("generalization", figures.generalization(ran, groups, ("plain", *COMPANDERS)))
+    run.figure("generalization", figures.generalization(ran, groups, ("plain", *figures.NAMES.values())))
 
 
 # Claims

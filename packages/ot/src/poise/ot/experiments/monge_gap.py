@@ -261,9 +261,10 @@ def compare(config: Study, results: Mapping[str, ArmResult], run: Run) -> None:
     """Figures across arms."""
     if isinstance(config, ColourTransfer):
         source, target = (picture(name).rgb() for name in (config.source_picture, config.target_picture))
-        run.figure("pictures", figures.pictures(source, target, results, ARMS))
+        run.figure("pictures", figures.pictures(source, target, results))
+        run.figure("recoloured", figures.recoloured(results))
     else:
-        run.figure("maps", figures.maps(results, ARMS))
+        run.figure("maps", figures.maps(results))
     run.figure("metrics", figures.metrics(results))
 
 
