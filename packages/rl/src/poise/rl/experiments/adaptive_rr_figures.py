@@ -27,6 +27,21 @@ MAIN = {
 }
 
 
+WORDS = {
+    "baseline": "replay ratio 0.5",
+    "rr_high": "replay ratio 2",
+    "rr_high_no_shift": "replay ratio 2, no shifts",
+    "adaptive": "adaptive",
+    "probe_fresh": "untrained",
+    "probe_shift": "primed, images shifted",
+    "probe_no_shift": "primed, no shifts",
+}
+
+
+def words(arm: str) -> str:
+    return WORDS.get(arm, arm.replace("_", " "))
+
+
 def colour(arm: str) -> str:
     return MAIN.get(arm, f"C{list(ARMS).index(arm) % 10}")
 
@@ -35,14 +50,14 @@ def curves(logs: Mapping[str, Mapping[str, Tensor]], config: Any) -> "Figure":
     """Fractions of active units, returns and the replay ratio over the steps of the agent."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    figure = Figure(figsize=(12, 7), layout="constrained")
     panels = [figure.add_subplot(2, 3, index + 1) for index in range(6)]
     for arm, log in logs.items():
         taken = log["taken"].numpy()
         step = np.repeat(np.arange(len(taken)), taken)  # of each update
         fau = log["fau"][: len(step)]
         for panel, column in zip(panels, (2, 0, 1), strict=False):
-            panel.plot(*_smooth(step, fau[:, column].numpy()), color=colour(arm), label=arm)
+            panel.plot(*_smooth(step, fau[:, column].numpy()), color=colour(arm), label=words(arm))
         ended = ~log["return"].isnan().numpy()
         panels[3].plot(np.flatnonzero(ended), log["return"].numpy()[ended], color=colour(arm), alpha=0.35)
         points = log["evaluation"][~log["evaluation"][:, 0].isnan()].numpy()
@@ -50,18 +65,18 @@ def curves(logs: Mapping[str, Mapping[str, Tensor]], config: Any) -> "Figure":
         panels[4].plot(*_smooth(np.arange(len(taken)), taken.astype(float), 50), color=colour(arm))
         panels[5].plot(*_smooth(step, log["td_loss"][: len(step)].numpy()), color=colour(arm))
     titles = (
-        "critic: fraction of active units",
-        "encoder: fraction of active units",
-        "policy: fraction of active units",
-        "return (line: training, points: evaluation)",
+        "critic: active units (fraction)",
+        "encoder: active units (fraction)",
+        "policy: active units (fraction)",
+        "return (points: evaluation)",
         "updates per step",
         "temporal-difference loss",
     )
     for panel, title in zip(panels, titles, strict=True):
-        panel.set_title(title, fontsize=9)
-        panel.set_xlabel("steps of the agent", fontsize=8)
+        panel.set_title(title, fontsize=12)
+        panel.set_xlabel("steps of the agent", fontsize=11)
         panel.axvline(config.start_steps, color="0.85", linewidth=1)
-    panels[0].legend(fontsize=7)
+    panels[0].legend(fontsize=10)
     panels[5].set_yscale("log")
     return figure
 
@@ -70,24 +85,26 @@ def probes(measured: Mapping[str, Mapping[str, float]], logs: Mapping[str, Mappi
     """The error on new targets after each intervention, and the critic's fraction of active units while priming."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
     for index, stage in enumerate(("early", "late")):
         axes = figure.add_subplot(1, 3, index + 1)
         names = INTERVENTIONS[stage]
         for place, (arm, values) in enumerate(measured.items()):
             left = np.arange(len(names)) + (place - (len(measured) - 1) / 2) * 0.26
             heights = [values[f"fit_{name}_{stage}"] for name in names]
-            axes.bar(left, heights, 0.24, color=colour(arm), label=arm)
-        axes.set_xticks(np.arange(len(names)), [name.replace("_", "\n") for name in names], fontsize=8)
-        axes.set_title(f"error on new targets, {stage} intervention", fontsize=9)
-    figure.axes[0].legend(fontsize=7, loc="upper right")
+            axes.bar(left, heights, 0.24, color=colour(arm), label=words(arm))
+        axes.set_xticks(np.arange(len(names)), [name.replace("_", "\n") for name in names], fontsize=10)
+        axes.set_title(f"error on new targets, {stage} intervention", fontsize=12)
+    figure.axes[1].legend(fontsize=10, loc="upper left")
     axes = figure.add_subplot(1, 3, 3)
     for arm, log in logs.items():
         if len(log["fau"]):
-            axes.plot(*_smooth(np.arange(len(log["fau"])), log["fau"][:, 2].numpy(), 25), color=colour(arm), label=arm)
-    axes.set_title("critic: fraction of active units while priming", fontsize=9)
-    axes.set_xlabel("updates", fontsize=8)
-    axes.legend(fontsize=7)
+            axes.plot(
+                *_smooth(np.arange(len(log["fau"])), log["fau"][:, 2].numpy(), 25), color=colour(arm), label=words(arm)
+            )
+    axes.set_title("critic: active units while priming", fontsize=12)
+    axes.set_xlabel("updates", fontsize=11)
+    axes.legend(fontsize=10)
     return figure
 
 

@@ -77,7 +77,7 @@ class Config:
     low: float = 0.5
     high: float = 2.0
     check_freq: int = 4
-    phi_gap: float = 0.01
+    phi_gap: float = 0.005
     start_steps: int = 600
     steps: int = 1_500
     buffer: int = 3_000
