@@ -35,7 +35,7 @@ def test_every_arm_learns_values_and_all_are_compared(tmp_path):
     for claim in EXPERIMENT.claims:
         assert "quick" not in claim.presets or claim.metric in results[claim.arm].metrics
     EXPERIMENT.compare(QUICK, results, Run.scratch(tmp_path / "compare"))
-    assert figures(tmp_path / "compare") == {"arms.png", "values.png"}
+    assert figures(tmp_path / "compare") == {"story.png", "arms.png", "values.png"}
     exact = [result.load("values")["returns"] for result in results.values()]
     assert all(torch.equal(exact[0], other) for other in exact), "the policy is the same, and so are the states"
 

@@ -13,35 +13,35 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+COLOURS = ("#222222", "#0072b2", "#e69f00", "#009e73")
+"""One for each curve, apart for the colour-blind as well."""
+
 
 def effect(results: Mapping[str, ArmResult], strengths: Mapping[str, float], radii: Sequence[float]) -> "Figure":
     """What lambda buys and costs: distance from orthogonal, accuracy, accuracy under attack."""
-    left, right, figure = _pair(width=8.4)
+    left, right, figure = _pair(height=4.8)
     ordered = sorted((arm for arm in results if arm != "kernel"), key=lambda arm: strengths[arm])
-    places = range(len(ordered))
-    metrics = [results[arm].metrics for arm in ordered]
-    names = {"accuracy": "no attack"} | {
+    accuracies = {"accuracy": "no attack"} | {
         f"robust_accuracy_{size}": f"attack of norm {radius:g}"
         for size, radius in zip(("small", "middle", "large"), radii, strict=True)
     }
-    for colour, (metric, label) in zip(PALETTE, names.items(), strict=False):
-        left.plot(places, [of_arm[metric] for of_arm in metrics], marker="o", color=colour, label=label)
-        if "kernel" in results:
-            left.plot(len(ordered), results["kernel"].metrics[metric], marker="x", color=colour)
-    left.set(title="test accuracy", ylim=(0, 1))
-    left.legend(frameon=False, fontsize=8)
-    for colour, metric in zip(PALETTE[1:], ("total_orthogonality", "singular_value_spread"), strict=False):
-        right.plot(
-            places, [of_arm[metric] for of_arm in metrics], marker="o", color=colour, label=metric.replace("_", " ")
-        )
-        if "kernel" in results:
-            right.plot(len(ordered), results["kernel"].metrics[metric], marker="x", color=colour)
-    right.set(title="distance from orthogonal layers", yscale="log")
-    right.legend(frameon=False, fontsize=8)
-    labels = [f"{strengths[arm]:g}" for arm in ordered] + ["reshaped\nkernels"] * ("kernel" in results)
-    for axes in (left, right):
+    distances = {"total_orthogonality": "total $L_{orth}$", "singular_value_spread": "spread of singular values"}
+    for axes, names in ((left, accuracies), (right, distances)):
+        for colour, mark, (metric, label) in zip(COLOURS, "osD^", names.items(), strict=False):
+            scale = 100 if axes is left else 1
+            values = [scale * results[arm].metrics[metric] for arm in ordered]
+            axes.plot(range(len(ordered)), values, marker=mark, color=colour, label=label, linewidth=2)
+            if "kernel" in results:
+                value = scale * results["kernel"].metrics[metric]
+                axes.plot(len(ordered), value, marker=mark, color=colour, markerfacecolor="white", markersize=8)
+        labels = [f"{strengths[arm]:g}" for arm in ordered] + ["reshaped\nkernel"] * ("kernel" in results)
         axes.set_xticks(range(len(labels)), labels)
-        axes.set_xlabel("lambda")
+        axes.set_xlabel(r"weight $\lambda$ of the penalty", fontsize=12)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), frameon=False, fontsize=12)
+    left.set_ylim(0, 100)
+    left.set_title("test accuracy, %", fontsize=12)
+    right.set_yscale("log")
+    right.set_title("distance from orthogonal", fontsize=12)
     return figure
 
 
@@ -54,13 +54,13 @@ def spectra(title: str, values: Mapping[str, Tensor]) -> "Figure":
     axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
     axes.set(title=f"singular values of the layers\n{title}", xlabel="share of the singular values", ylim=(0, None))
     if len(values) <= 9:
-        axes.legend(title="layer", frameon=False, fontsize=8)
+        axes.legend(title="layer", frameon=False, fontsize=11)
     return figure
 
 
 def scalability(results: Mapping[str, ArmResult], factors: Sequence[int]) -> "Figure":
     """Residuals at the training size and above, averaged over layers: the spectral one does not grow."""
-    left, right, figure = _pair(width=8.4)
+    left, right, figure = _pair()
     for colour, (arm, result) in zip(PALETTE, results.items(), strict=False):
         errors = torch.stack(list(result.load("residuals").values())).log().mean(0).exp()  # size, [err_F, err_s, share]
         left.plot(factors, errors[:, 0], marker="o", color=colour, label=arm)
@@ -69,7 +69,7 @@ def scalability(results: Mapping[str, ArmResult], factors: Sequence[int]) -> "Fi
         axes.set(title=f"{norm} residual", xlabel="size of the input / training size", xscale="log", yscale="log")
         axes.minorticks_off()
         axes.set_xticks(factors, [str(factor) for factor in factors])
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=11)
     return figure
 
 
@@ -82,7 +82,7 @@ def landscape(ends: Mapping[str, Tensor], least: Mapping[str, int]) -> "Figure":
         axes.scatter([place] * len(above), above, color=colour, alpha=0.6, edgecolors="none")
     axes.axhline(1e-3, color="black", linewidth=0.8, linestyle=":")
     labels = [name.replace("_", "\n") + (f"\n(least {least[name]})" if least[name] else "") for name in ends]
-    axes.set_xticks(range(len(ends)), labels, fontsize=8)
+    axes.set_xticks(range(len(ends)), labels, fontsize=11)
     axes.set(title="L_orth minimized alone, from random kernels", ylabel="above the least value", yscale="log")
     return figure
 
@@ -96,10 +96,10 @@ def _single(width: float = 4.8) -> "tuple[Figure, Axes]":
     return figure, axes
 
 
-def _pair(width: float) -> "tuple[Axes, Axes, Figure]":
+def _pair(width: float = 8.0, height: float = 3.8) -> "tuple[Axes, Axes, Figure]":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, 3.2), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes in (left, right):
         _plain(axes)
@@ -109,3 +109,4 @@ def _pair(width: float) -> "tuple[Axes, Axes, Figure]":
 def _plain(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
+    axes.tick_params(labelsize=11)

@@ -234,7 +234,7 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
             store.correct(triggered if pascal else due, correction)
         run.log(step, loss=loss, **dict(zip(MEASURES, history[epoch], strict=True)))
 
-    draw(arm, task, detector, history, run)
+    draw(task, model, detector, history, run)
     metrics = final_measures(task, model, run.device, history) | early_learning(history)
     return metrics | trigger_measures(detector, task, config.epochs)
 
@@ -256,7 +256,7 @@ def predict(task: Task, model: nn.Module, device: torch.device) -> None:
 # Figures
 
 
-def draw(arm: str, task: Task, detector: MemorizationDetector, history: Tensor, run: Run) -> None:
+def draw(task: Task, model: nn.Module, detector: MemorizationDetector, history: Tensor, run: Run) -> None:
     """IoU of every class with its fit, and masks before and after."""
     run.save("history", history=history, iou=detector.history, trigger_epochs=detector.trigger_epochs)
     names = task.classes if len(task.classes) == detector.num_classes else ("background", "all classes")
@@ -264,7 +264,9 @@ def draw(arm: str, task: Task, detector: MemorizationDetector, history: Tensor, 
     shown = torch.arange(min(8, len(task.store)))
     image, index = next(task.images())
     shown = shown[: len(index)]
-    masks = {"noisy": task.store.read_original(shown), "corrected": task.store.read(shown), "clean": task.clean(shown)}
+    predicted = multiscale_probabilities(model, image[shown].to(run.device), (1.0,)).max(1).indices.cpu()
+    masks = {"noisy": task.store.read_original(shown), "corrected": task.store.read(shown), "prediction": predicted}
+    masks["clean"] = task.clean(shown)
     crop: Any = (..., *(slice(side) for side in image.shape[2:]))
     masks = {name: mask[crop] for name, mask in masks.items()}
     run.save("masks", image=image[shown], **masks)
@@ -272,15 +274,16 @@ def draw(arm: str, task: Task, detector: MemorizationDetector, history: Tensor, 
 
 
 def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
-    """Test and training IoU of all arms, and the masks that they ended with."""
+    """The masks that the method ended with beside how all arms got there, and what training images were fitted to."""
     histories = {arm: result.load("history")["history"] for arm, result in results.items()}
-    run.figure("miou", figures.histories(histories))
+    named = {figures.NAMES[arm]: history for arm, history in histories.items() if not SETUPS[arm].dilated}
+    correcting = [arm for arm, setup in SETUPS.items() if setup.correction != "never" and not setup.dilated]
+    shown = [arm for arm in ("both", *correcting) if arm in results]
+    if shown:
+        run.figure("corrected", figures.corrections(results[shown[0]].load("masks"), figures.NAMES[shown[0]], named))
+    run.figure("miou", figures.histories({figures.NAMES[arm]: history for arm, history in histories.items()}))
     if "baseline" in histories:
         run.figure("early_learning", figures.early_learning(histories["baseline"]))
-    corrected = {arm: result.load("masks") for arm, result in results.items() if SETUPS[arm].correction != "never"}
-    same = {arm: masks for arm, masks in corrected.items() if not SETUPS[arm].dilated}
-    if same:
-        run.figure("corrected", figures.corrections(same))
 
 
 # Claims

@@ -13,7 +13,7 @@ from poise.medical.segmentation.adele.detector import MemorizationDetector
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
 TITLES = {
     "iou_noisy": "training IoU with the masks as given, %",
@@ -21,6 +21,21 @@ TITLES = {
     "label_iou": "IoU of masks in use with the true ones, %",
     "miou": "test mIoU, %",
 }
+
+NAMES = {
+    "baseline": "masks as given",
+    "global": "correction, one trigger",
+    "correction": "correction, a trigger per class",
+    "consistency": "consistency alone",
+    "both": "ADELE: correction and consistency",
+    "dilated": "correction, all masks dilated",
+}
+"""The arms in words."""
+
+COLOURS = dict(zip(NAMES.values(), ("#222222", "#e69f00", "#009e73", "#cc79a7", "#0072b2", "#999999"), strict=True))
+STYLES = dict(zip(NAMES.values(), (":", "-.", "--", (0, (1, 1)), "-", "--"), strict=True))
+CLASSES = ("#e8e8e8", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
+"""Of the masks: the background, then the classes; where there are more, a colour map."""
 
 
 def iou_curves(detector: MemorizationDetector, names: Sequence[str]) -> "Figure":
@@ -52,7 +67,7 @@ def iou_curves(detector: MemorizationDetector, names: Sequence[str]) -> "Figure"
         ylabel="training IoU with the masks in use",
         title="dots: measured; lines: fitted; dotted: triggered",
     )
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=11)
     return figure
 
 
@@ -60,13 +75,13 @@ def histories(arms: Mapping[str, Tensor]) -> "Figure":
     """Test mIoU, IoU of the masks in use, and training IoU of all arms."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 3.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(TITLES)), reversed(TITLES), strict=True):
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    for axes, name in zip(figure.subplots(2, 2).flat, reversed(TITLES), strict=True):
         for arm, history in arms.items():
             _plot(axes, history[:, MEASURES.index(name)], arm)
-        axes.set_xlabel("epoch")
-        axes.set_title(TITLES[name], fontsize=9)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+        axes.set_title(TITLES[name], fontsize=11)
+        _finish(axes)
+    _legend(figure, figure.axes[0])
     return figure
 
 
@@ -74,12 +89,13 @@ def early_learning(history: Tensor) -> "Figure":
     """Without correction: what the predictions come closer to, the masks as given or the true ones."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     _plot(axes, history[:, MEASURES.index("iou_noisy")], "with the masks as given")
     _plot(axes, history[:, MEASURES.index("iou_clean")], "with the true masks")
-    axes.set(xlabel="epoch", title="IoU of training predictions, %")
-    axes.legend(frameon=False)
+    axes.set_title("IoU of training predictions without correction, %", fontsize=12)
+    _finish(axes)
+    axes.legend(frameon=False, fontsize=11)
     return figure
 
 
@@ -89,35 +105,88 @@ def masks(images: Tensor, shown: Mapping[str, Tensor], classes: int) -> "Figure"
     return _grid({name: list(row) for name, row in rows.items()}, classes)
 
 
-def corrections(arms: Mapping[str, Mapping[str, Tensor]]) -> "Figure":
-    """Some training images, their masks as given, what each arm made of them, and the true ones."""
-    first = next(iter(arms.values()))
-    classes = int(torch.stack([first["clean"], first["noisy"]]).where(first["clean"] != 255, 0).max()) + 1
-    rows = {"image": first["image"], "given": first["noisy"]}
-    rows |= {arm: each["corrected"] for arm, each in arms.items()} | {"true": first["clean"]}
-    return _grid({name: list(row) for name, row in rows.items()}, classes)
+def corrections(masks: Mapping[str, Tensor], arm: str, histories: Mapping[str, Tensor], most: int = 3) -> "Figure":
+    """Some training images with their masks, above the IoU of the masks in use and of the test images.
+
+    Args:
+        masks: of one arm: image, clean, noisy, corrected and prediction.
+        arm: that arm in words.
+        histories: of all arms, by their names in words.
+        most: how many images.
+    """
+    from matplotlib.figure import Figure
+
+    columns = {
+        "image": masks["image"],
+        "true mask": masks["clean"],
+        "mask as given": masks["noisy"],
+        "after correction": masks["corrected"],
+        "prediction": masks["prediction"],
+    }
+    count = min(most, len(masks["image"]))
+    classes = 1 + max(int(mask.where(mask != 255, 0).max()) for mask in list(columns.values())[1:])
+    figure = Figure(figsize=(8, 1.55 * count + 4.6), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.55 * count + 0.7, 3.9])
+    above.suptitle(f"training images and their masks; {arm}", fontsize=12)
+    for row, line in enumerate(above.subplots(count, len(columns), squeeze=False)):
+        for axes, (name, pictures) in zip(line, columns.items(), strict=True):
+            _show(axes, pictures[row], classes)
+            axes.set_title(name if row == 0 else "", fontsize=12)
+    panels = {"label_iou": "masks in use, against the true ones", "miou": "predictions on test images"}
+    pair = below.subplots(1, 2)
+    for axes, (name, title) in zip(pair, panels.items(), strict=True):
+        for other, history in histories.items():
+            _plot(axes, history[:, MEASURES.index(name)], other)
+        axes.set_title(title, fontsize=12)
+        _finish(axes)
+    pair[0].set_ylabel("mean IoU, %", fontsize=12)
+    _legend(below, pair[0])
+    return figure
 
 
 def _plot(axes: "Axes", values: Tensor, label: str) -> None:
     measured = values.isfinite()
-    axes.plot(1 + torch.arange(len(values))[measured], values[measured], label=label)
+    (line,) = axes.plot(1 + torch.arange(len(values))[measured], values[measured], label=label, linewidth=2.2)
+    if label in COLOURS:
+        line.set(color=COLOURS[label], linestyle=STYLES[label])
+
+
+def _finish(axes: "Axes") -> None:
+    axes.set_xlabel("epoch", fontsize=12)
+    axes.tick_params(labelsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def _legend(figure: "FigureBase", axes: "Axes") -> None:
+    lines, names = axes.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=2, frameon=False, fontsize=12, handlelength=3)
+
+
+def _show(axes: "Axes", picture: Tensor, classes: int) -> None:
+    from matplotlib.colors import ListedColormap
+
+    if picture.ndim == 3:
+        low, high = picture.amin(), picture.amax()
+        pixels = (picture - low) / (high - low).clamp_min(1e-6)
+        axes.imshow(pixels.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+    else:
+        few = classes <= len(CLASSES)
+        colours = ListedColormap(CLASSES) if few else "nipy_spectral"
+        visible = np.ma.masked_equal(picture.numpy(), 255)
+        most = len(CLASSES) - 1 if few else classes
+        axes.imshow(visible, cmap=colours, vmin=0, vmax=most, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
 
 
 def _grid(rows: Mapping[str, list[Tensor]], classes: int) -> "Figure":
     from matplotlib.figure import Figure
 
     columns = len(next(iter(rows.values())))
-    figure = Figure(figsize=(1.2 * columns + 0.8, 1.25 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(1.2 * columns + 0.8, 1.3 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, pictures) in zip(grid, rows.items(), strict=True):
         for axes, picture in zip(line, pictures, strict=True):
-            if picture.ndim == 3:
-                low, high = picture.amin(), picture.amax()
-                pixels = (picture - low) / (high - low).clamp_min(1e-6)
-                axes.imshow(pixels.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
-            else:
-                visible = np.ma.masked_equal(picture.numpy(), 255)
-                axes.imshow(visible, cmap="nipy_spectral", vmin=0, vmax=classes)
-            axes.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name, fontsize=9)
+            _show(axes, picture, classes)
+        line[0].set_ylabel(name, fontsize=11)
     return figure

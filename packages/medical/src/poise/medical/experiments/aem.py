@@ -244,9 +244,14 @@ def attention(model: BagModel, bag: Bag, device: torch.device) -> Tensor:
 
 
 def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
-    """Curves of all arms, one bag as the arms see it, and what AEM does to each model."""
+    """One bag as the arms see it, curves of all arms, and what AEM does to each model."""
     histories = {arm: result.load("history") for arm, result in results.items()}
-    run.figure("arms", figures.curves({arm: histories[arm] for arm in list(histories)[:4]}))
+    drawn = {SETUPS[arm].text: histories[arm] for arm in list(histories)[:4]}
+    bags = {arm: result.load("bag") for arm, result in results.items() if result.has("bag")}
+    if bags:
+        first = sorted(bags, key=lambda arm: arm not in PAIRS["gated"])[:2]
+        run.figure("bags", figures.bags({SETUPS[arm].text: bags[arm] for arm in first}, drawn))
+    run.figure("arms", figures.curves(drawn))
     unregularized = {arm: history for arm, history in histories.items() if SETUPS[arm].strength == 0}
     if unregularized:
         run.figure("entropy_and_auc", figures.entropy_and_auc(unregularized))
@@ -255,9 +260,6 @@ def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
         run.figure(
             "models", figures.pairs({n: (results[a].metrics, results[b].metrics) for n, (a, b) in pairs.items()})
         )
-    bags = {arm: result.load("bag") for arm, result in results.items() if result.has("bag")}
-    if bags:
-        run.figure("bags", figures.bags({arm: bags[arm] for arm in list(bags)[:4]}))
 
 
 # Claims

@@ -349,14 +349,19 @@ def draw(config: Config, arm: str, model: SHISRCNet, tissue: Tissue, history: Ma
 
 
 def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
-    """The arms side by side: measures, curves, and the same images restored by each."""
-    run.figure("arms", figures.arms({arm: result.metrics for arm, result in results.items()}))
-    run.figure("curves", figures.curves({arm: result.load("history") for arm, result in results.items()}))
+    """The arms side by side: the same images restored, measures, and curves."""
     shown = {arm: result.load("shown") for arm, result in results.items() if result.has("shown")}
-    if shown:
-        first = next(iter(shown.values()))
-        restored = {arm: pictures["restored"] for arm, pictures in shown.items() if SETUPS[arm].sees == "sr"}
-        columns = {"bicubic": first["bicubic"], **restored}
+    restored = {arm: pictures["restored"] for arm, pictures in shown.items() if SETUPS[arm].sees == "sr"}
+    first = next(iter(shown.values()), None)
+    pictures: dict[str, Tensor] = {}
+    if first is not None:
+        pictures = {"low resolution": degrade(first["truth"], config.scale), "bicubic": first["bicubic"]}
+        pictures |= {figures.ARMS[arm]: images for arm, images in restored.items() if arm == "shisrcnet"}
+        pictures["high resolution"] = first["truth"]
+    run.figure("arms", figures.arms({arm: result.metrics for arm, result in results.items()}, pictures))
+    run.figure("curves", figures.curves({arm: result.load("history") for arm, result in results.items()}))
+    if first is not None:
+        columns = {"bicubic": first["bicubic"], **{figures.ARMS[arm]: images for arm, images in restored.items()}}
         run.figure("images", figures.triptychs(columns, first["truth"]))
 
 

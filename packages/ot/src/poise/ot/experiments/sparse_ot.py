@@ -224,7 +224,7 @@ def compare(config: ColourTransfer | Routing, results: Mapping[str, ArmResult], 
         compare_routers(results, run)
         return
     source, target = (picture(name).rgb() for name in (config.source_picture, config.target_picture))
-    run.figure("colour_transfer", figures.colour_transfer(source, target, results, PLANS))
+    run.figure("colour_transfer", figures.colour_transfer(source, target, results))
     run.figure("smoothness", figures.smoothness(results, PLANS))
 
 

@@ -330,4 +330,4 @@ def evaluate(
 
 def compare_routers(results: Mapping[str, ArmResult], run: Run) -> None:
     """How every router spreads the tokens over the experts."""
-    run.figure("loads", figures.loads(results, ROUTERS))
+    run.figure("loads", figures.loads(results))

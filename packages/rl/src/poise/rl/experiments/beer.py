@@ -305,8 +305,10 @@ def run(config: Config, arm: str, run: Run) -> dict[str, float]:
 
 
 def compare(config: Config, results: Mapping[str, ArmResult], run: Run) -> None:
-    """The curves of all arms, and their values against Monte-Carlo returns."""
-    run.figure("arms", figures.curves({arm: result.load("curves") for arm, result in results.items()}))
+    """The curves of all arms, first those that tell the story, and their values against Monte-Carlo returns."""
+    curves = {arm: result.load("curves") for arm, result in results.items()}
+    run.figure("story", figures.story(curves))
+    run.figure("arms", figures.curves(curves))
     values = {arm: result.load("values") for arm, result in results.items() if result.has("values")}
     if values:
         run.figure("values", figures.values(values))
