@@ -152,6 +152,33 @@ def test_info_shows_the_last_verdict(poise: Poise, toy: str, tmp_path: Path) -> 
     assert poise("info", toy, "--json").json()["verified"]["claims"] == [{"verdict": "undecided"}]
 
 
+def test_info_shows_the_verdicts_of_every_preset(poise: Poise, toy: str, tmp_path: Path) -> None:
+    claim = {"metric": "error", "arm": "decay", "versus": None, "scale": "difference", "effect": 1, "ci": [0, 2]}
+    claim |= {"margin": 0, "verdict": "holds"}
+    (tmp_path / "results/toy").mkdir(parents=True)
+    for name, seeds in (("blobs.json", 5), ("blobs.paper.json", 3)):
+        (tmp_path / "results/toy" / name).write_text(json.dumps({"seeds": [*range(seeds)], "claims": [claim]}))
+    verified = poise("info", toy, "--json").json()["verified"]
+    assert {preset: len(verdict["seeds"]) for preset, verdict in verified["presets"].items()} == {
+        "quick": 5,
+        "paper": 3,
+    }
+    assert "preset paper, 3 seeds" in poise("info", toy).out
+
+
+def test_fewer_seeds_replace_neither_the_verdict_nor_its_figure(poise: Poise, toy: str, tmp_path: Path) -> None:
+    verify = ("verify", toy, "--jobs", "1", "--root", "kept", "--results", "verdicts")
+    poise(*verify, "--seeds", "2")
+    verdict, picture = (tmp_path / "verdicts/toy" / name for name in ("blobs.json", "blobs.png"))
+    picture.write_bytes(b"of two seeds")
+    figures = tmp_path / "kept/toy-blobs/quick/seed0/compare/figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    (figures / "of_one_seed.png").write_bytes(b"of one seed")
+    poise(*verify, "--seeds", "1")
+    assert json.loads(verdict.read_text())["seeds"] == [0, 1]
+    assert picture.read_bytes() == b"of two seeds"
+
+
 def test_verify_refuses_a_preset_without_claims(poise: Poise, toy: str) -> None:
     poise("verify", toy, "--preset", "paper", "--json").is_refused(2, "makes no claim", "paper")
 

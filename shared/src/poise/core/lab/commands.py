@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from poise.core.lab import catalogs
@@ -30,24 +31,32 @@ def list_command(options: argparse.Namespace) -> int:
 def info_command(options: argparse.Namespace) -> int:
     """``poise info``."""
     from poise.core.lab.settings import as_json
-    from poise.core.lab.verify import results_folder
+    from poise.core.lab.verify import results_folder, verdict_file
 
     method = catalogs.find(options.method)
     experiment = catalogs.load_experiment(method)
-    verified = results_folder() / method.package / f"{method.slug}.json"
-    verdict = json.loads(verified.read_text(encoding="utf-8")) if verified.is_file() else None
+    folder = results_folder() / method.package
+    verified = {
+        preset: {key: verdict[key] for key in ("seeds", "claims")}
+        for preset in experiment.presets
+        if (verdict := _verdict(folder / verdict_file(method.slug, preset)))
+    }
     record = {
         **dataclasses.asdict(method),
         "defaults": {name: as_json(config) for name, config in experiment.presets.items()},
         "arms": dict(experiment.arms),
         "claims": [dataclasses.asdict(claim) for claim in experiment.claims],
-        "verified": verdict and {"seeds": verdict["seeds"], "claims": verdict["claims"]},
+        "verified": {**verified["quick"], "presets": verified} if "quick" in verified else None,
     }
     if options.json:
         _print_json(record)
     else:
         _print_info(record, method.name)
     return 0
+
+
+def _verdict(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def cite_command(options: argparse.Namespace) -> int:
@@ -186,7 +195,9 @@ def _print_info(record: dict[str, Any], name: str) -> None:
         print(f"\npreset {preset}: " + ", ".join(f"{key}={value}" for key, value in values.items()))
     print("\nclaims")
     if record["verified"]:
-        _print_claims((name, claim) for claim in record["verified"]["claims"])
+        for preset, verdict in record["verified"]["presets"].items():
+            print(f"preset {preset}, {len(verdict['seeds'])} seeds")
+            _print_claims((name, claim) for claim in verdict["claims"])
     else:
         print("not verified here yet: poise verify " + name)
         _print_table(

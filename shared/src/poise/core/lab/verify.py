@@ -186,12 +186,17 @@ def _verdict(name: str, plans: list[Plan], results: Path | None, tell: Callable[
         "seconds": round(sum(record["seconds"] for of_arm in records for record in of_arm), 1),
     }
     package, slug = verdict["method"].split("/")
-    file = f"{slug}.json" if preset == "quick" else f"{slug}.{preset}.json"
     write_json(_out(first).parent / "verdict.json", verdict)
     if results is not None:
-        _publish(results / package / file, verdict, tell)
-        _publish_figure(_out(first) / "compare" / "figures", results / package / file)
+        published = results / package / verdict_file(slug, preset)
+        if _publish(published, verdict, tell):
+            _publish_figure(_out(first) / "compare" / "figures", published)
     return verdict
+
+
+def verdict_file(slug: str, preset: str) -> str:
+    """The name of the file that keeps a method's verdict under a preset."""
+    return f"{slug}.json" if preset == "quick" else f"{slug}.{preset}.json"
 
 
 def _judge_all(first: Plan, preset: str, arms: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
@@ -213,14 +218,15 @@ def _publish_figure(figures: Path, verdict: Path) -> None:
             small.save(temporary, format="PNG", optimize=True)
 
 
-def _publish(path: Path, verdict: dict[str, Any], tell: Callable[[str], None]) -> None:
-    """Write a verdict file, unless one over more seeds is there."""
+def _publish(path: Path, verdict: dict[str, Any], tell: Callable[[str], None]) -> bool:
+    """Write a verdict file, unless one over more seeds is there; whether it was written."""
     known = len(json.loads(path.read_text(encoding="utf-8"))["seeds"]) if path.is_file() else 0
     if known > len(verdict["seeds"]):
         tell(f"{path} has {known} seeds and was left as it is")
-        return
+        return False
     write_json(path, verdict)
     tell(f"wrote {path}")
+    return True
 
 
 def _record(one: Plan, arm: str) -> dict[str, Any]:
