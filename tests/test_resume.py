@@ -179,6 +179,22 @@ def test_a_killed_run_leaves_a_checkpoint_of_the_step_before(forked: Runner, tmp
     assert {path.name for path in (out / ARMS[0] / "checkpoints").glob("*.pt")} == {"warmup.pt", "train.pt"}
 
 
+def test_a_file_that_a_killed_run_did_not_finish_is_removed(forked: Runner, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    forked.start(out)
+    while logged(out) < 3:
+        assert forked.is_running()
+        time.sleep(0.001)
+    forked.kill()
+    half = out / ARMS[0] / "artifacts" / ".weights.safetensors.x1y2z3.tmp"
+    half.parent.mkdir(exist_ok=True)
+    half.write_bytes(b"half")
+    forked.start(out, resume=True)
+    forked.wait()
+    assert not half.exists()
+    assert list(out.rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_four_times_a_run_ends_with_the_same_bits(forked: Runner, tmp_path: Path, seed: int) -> None:
     same_bits(forked, tmp_path, kills=4, seed=seed)

@@ -435,7 +435,7 @@ def _elr_plus(
     loss: ELRPlusLoss, index: Tensor, mix: Mix, logits: Tensor, teacher: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     target = loss.update_targets(index, teacher, mix)
-    return target, loss(logits, mix(labels.softmax(1)), target, step=20)
+    return target, loss(logits, mix(labels.softmax(-1)), target, step=20)
 
 
 def _elr_plus_pair() -> partial[Tensor]:

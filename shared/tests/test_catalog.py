@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from poise.core.catalog import Method
+from poise.core.catalog import Headline, Method
 
 METHOD = Method(
     slug="monge-gap",
@@ -18,6 +18,7 @@ METHOD = Method(
     api=("poise.ot.monge_gap",),
     presets=("quick", "paper"),
     arms=("baseline", "monge-gap"),
+    headline=Headline(promise="the gap falls", metric="gap", arm="monge-gap", step="a step"),
     paper="Uscidda and Cuturi, The Monge Gap, ICML 2023",
     url="https://arxiv.org/abs/2302.04953",
     bibtex="@inproceedings{uscidda2023monge}",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from poise.core.lab import catalogs, settings
-from poise.core.lab.atomic import write_json, write_text
+from poise.core.lab.atomic import remove_leftovers, write_json, write_text
 from poise.core.lab.errors import BadInput, RunFailed
 from poise.core.lab.fingerprint import fingerprint
 from poise.core.lab.run import ArmResult, Run
@@ -113,7 +113,10 @@ def execute(plan: Plan, progress: Any = None) -> dict[str, Any]:
     """
     started = time.monotonic()
     out = _folder(plan)
-    kept = {arm: finished(arm, out) for arm in plan.arms} if is_main() else {}
+    kept: dict[str, ArmResult | None] = {}
+    if is_main():
+        remove_leftovers(out)
+        kept = {arm: finished(arm, out) for arm in plan.arms}
     kept = _from_main(kept, plan.request.device)  # decided once, while no process is ahead of another
     results = {arm: kept[arm] or _arm(plan, arm, out, progress) for arm in plan.arms}
     report = out / "report.html"

@@ -51,10 +51,18 @@ class PreviousModelTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, "..."] | None:
-        """The probabilities that the past model gives; ``None`` in the first epoch, as :func:`ps_kd_loss` expects it."""
+        """The probabilities that the past model gives; ``None`` in the first epoch, as :func:`ps_kd_loss` expects it.
+
+        Raises:
+            ValueError: the model's answer has no axis ``dim``.
+        """
         if not self.ready:
             return None
         logits: Tensor = self.copy(*args, **kwargs)
+        if not -logits.ndim <= self.dim < logits.ndim:
+            raise ValueError(
+                f"the model must give logits with classes along axis {self.dim}, got {tuple(logits.shape)}"
+            )
         return logits.softmax(self.dim)
 
 

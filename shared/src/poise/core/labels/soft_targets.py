@@ -39,12 +39,16 @@ def soft_labels(
         dtype: of the result.
 
     Raises:
-        ValueError: ``smoothing`` is outside [0, 1], or there is no class.
+        ValueError: ``smoothing`` is outside [0, 1], there is no class, or ``dim`` is no place among the axes.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if not 0 <= smoothing <= 1:
         raise ValueError(f"smoothing must lie in [0, 1], got {smoothing}")
+    if not -labels.ndim - 1 <= dim <= labels.ndim:
+        raise ValueError(
+            f"dim must lie in {-labels.ndim - 1}..{labels.ndim} for labels of {labels.ndim} axes, got {dim}"
+        )
     at = labels.long().unsqueeze(dim)
     shape = list(at.shape)
     shape[dim] = num_classes

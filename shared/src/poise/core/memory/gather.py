@@ -18,8 +18,10 @@ def gather_rows(*columns: Tensor, group: dist.ProcessGroup | None = None) -> tup
         As many tensors, the same on every process.
 
     Raises:
-        ValueError: the columns differ in the number of rows.
+        ValueError: a column has no rows, or the columns differ in their number.
     """
+    if any(column.ndim == 0 for column in columns):
+        raise ValueError(f"columns must have rows, got shapes {[tuple(column.shape) for column in columns]}")
     counts = {column.shape[0] for column in columns}
     if len(counts) != 1:
         raise ValueError(f"columns must have the same number of rows, got {[column.shape[0] for column in columns]}")

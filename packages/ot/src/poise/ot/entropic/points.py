@@ -137,7 +137,13 @@ def check_points(x: Tensor, y: Tensor, *others: Tensor) -> None:
         ValueError: shapes do not fit, or entries are NaN or infinite.
     """
     as_tensors(x, y, *others)
-    if x.ndim not in (2, 3) or x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1] or 0 in (*x.shape, *y.shape):
+    if (
+        x.ndim not in (2, 3)
+        or x.ndim != y.ndim
+        or x.shape[:-2] != y.shape[:-2]
+        or x.shape[-1] != y.shape[-1]
+        or 0 in (*x.shape, *y.shape)
+    ):
         raise ValueError(
             "expected x of shape (n, d) and y of shape (m, d), or (B, n, d) and (B, m, d), none of them 0, "
             f"got {tuple(x.shape)} and {tuple(y.shape)}"
