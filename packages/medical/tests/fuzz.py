@@ -62,7 +62,7 @@ FUZZ: dict[str, Fuzz | Exempt] = {
     "WithFeatures": BASE,
     "CrossScalePyramid": sampled("shisrcnet/pyramid", **FLAT),
     "CSFBlock": sampled("shisrcnet/csf_block"),
-    "SHISRCLoss": sampled("shisrcnet/loss", resized=CLASS),
+    "SHISRCLoss": sampled("shisrcnet/loss", resized=CLASS, shortened=CLASS),
     "SHISRCNet": sampled("shisrcnet/network", **FLAT),
     "SHISRCOutput": RECORD,
     "SKConv": sampled("shisrcnet/sk_conv"),

@@ -217,7 +217,7 @@ def small_network(joint_batch: bool = False) -> nn.Module:
 
 def terms_of(criterion: SHISRCLoss, sr: Tensor, logits: Tensor, features: Tensor, hr: Tensor) -> dict[str, Tensor]:
     """The loss of an output whose second view is the first one, turned round."""
-    output = SHISRCOutput(sr, logits, features, logits.flip(1), features.flip(0))
+    output = SHISRCOutput(sr, logits, features, logits.flip(-1), features.flip(0))
     return criterion(output, hr, torch.arange(len(logits), device=logits.device) % 2)
 
 

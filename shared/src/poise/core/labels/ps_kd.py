@@ -225,6 +225,8 @@ class PSKDLoss(nn.Module):
             raise ValueError(
                 f"labels do not fit logits of shape {tuple(logits.shape)}, got shape {tuple(labels.shape)}"
             )
+        if index.shape != logits.shape[:1]:
+            raise ValueError(f"index must have shape ({len(logits)},), one entry per example, got {tuple(index.shape)}")
         loss = self._loss(logits, labels, index, mix)
         if self.training and update and (mix is None or self.update_mixed == "own_row"):
             remember(self.memory, index, logits.detach().softmax(1))

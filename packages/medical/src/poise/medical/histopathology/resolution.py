@@ -40,7 +40,13 @@ def degrade(hr: Float[Tensor, "batch 3 height width"], scale: int) -> Float[Tens
 
 
 def enlarge(lr: Float[Tensor, "batch 3 height width"], scale: int) -> Float[Tensor, "batch 3 rows columns"]:
-    """Bicubic enlargement, clamped to [0, 1]: what super-resolution is measured against."""
+    """Bicubic enlargement, clamped to [0, 1]: what super-resolution is measured against.
+
+    Raises:
+        ValueError: the images have no pixels.
+    """
+    if 0 in lr.shape[1:]:
+        raise ValueError(f"lr must have pixels, got shape {tuple(lr.shape)}")
     return interpolate(lr, scale_factor=scale, mode="bicubic").clamp(0, 1)
 
 

@@ -172,10 +172,15 @@ class Subsample(nn.Module):
         Args:
             features: padded bags, or anything else with one entry per instance.
             mask: True where an instance is real.
+
+        Raises:
+            ValueError: the bags hold no instance.
         """
         if not self.training or self.rho == 1:
             return features, mask
         bags, instances = features.shape[:2]
+        if instances == 0:
+            raise ValueError(f"features must hold an instance in each bag, got shape {tuple(features.shape)}")
         device = features.device if self.generator is None else self.generator.device
         draw = torch.rand(bags, instances, generator=self.generator, device=device).to(features.device)
         if mask is not None:

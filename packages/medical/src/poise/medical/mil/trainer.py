@@ -51,13 +51,15 @@ def bag_metrics(logits: Float[Tensor, "bags classes"], labels: Int[Tensor, "bags
     """Accuracy, macro F1 and macro AUC (by torchmetrics).
 
     Raises:
-        ValueError: the labels hold one class only, for which there is no AUC, or a logit is NaN.
+        ValueError: the labels or the logits hold one class only, for which there is no AUC, or a logit is NaN.
     """
     from torchmetrics.functional.classification import multiclass_auroc, multiclass_f1_score
 
     present = labels.unique()
     if len(present) < 2:
         raise ValueError(f"the AUC needs bags of at least two classes, got only class {present.tolist()}")
+    if logits.shape[1] < 2:
+        raise ValueError(f"logits must be of at least two classes, got shape {tuple(logits.shape)}")
     if logits.isnan().any():
         raise ValueError(f"logits must be numbers, got NaN for {int(logits.isnan().any(1).sum())} bags")
     classes = logits.shape[1]

@@ -185,6 +185,8 @@ def gaussian_map(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> tuple[Floa
         raise TypeError(f"x and y must be float32 or float64, got {x.dtype} and {y.dtype}")
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("x and y must be finite, got NaN or infinite entries")
+    if 0 in (x.shape[1], y.shape[1]):
+        raise ValueError(f"x and y must have coordinates, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
     if len(x) < 2 or len(y) < 2:
         raise ValueError(f"covariances need at least 2 samples each, got {len(x)} and {len(y)}")
     covariance_x, covariance_y = torch.cov(x.T).reshape(x.shape[1], -1), torch.cov(y.T).reshape(y.shape[1], -1)

@@ -126,12 +126,15 @@ class ConservativePenalty(Penalty):
             generator: where to draw the probes from, on its own device; the default generator when left out.
 
         Raises:
-            ValueError: ``probes`` has not the shape of ``x`` after its first axis, or the field does not keep the shape.
+            ValueError: ``x`` is empty, ``probes`` has no draw or not the shape of ``x`` after its first axis, or the field does not
+                keep the shape.
             TypeError: ``probes`` are of another type than ``x``.
         """
+        if x.numel() == 0:
+            raise ValueError(f"x must hold points, got shape {tuple(x.shape)}")
         if probes is None:
             probes = rademacher((self.probes, *x.shape), like=x, generator=generator)
-        if probes.ndim != x.ndim + 1 or probes.shape[1:] != x.shape:
+        if probes.ndim != x.ndim + 1 or probes.shape[1:] != x.shape or len(probes) == 0:
             raise ValueError(f"probes must have shape (k, {', '.join(map(str, x.shape))}), got {tuple(probes.shape)}")
         if probes.dtype != x.dtype:
             raise TypeError(f"probes must be of the type of x, {x.dtype}, got {probes.dtype}")

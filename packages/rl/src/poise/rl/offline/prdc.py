@@ -249,8 +249,10 @@ def _keys(states: Tensor, actions: Tensor, beta: float) -> Tensor:
     """``[beta s ; a]``, in which distances are Euclidean."""
     if not 0 <= beta < float("inf"):
         raise ValueError(f"beta must be finite and at least 0, got {beta}")
-    if states.ndim != 2 or actions.ndim != 2 or len(states) != len(actions):
+    fit = states.ndim == actions.ndim == 2 and len(states) == len(actions)
+    if not fit or 0 in (*states.shape, *actions.shape):
         raise ValueError(
-            f"expected states (n, s) and actions (n, a) of one length, got {tuple(states.shape)} and {tuple(actions.shape)}"
+            "expected states (n, s) and actions (n, a) of one length, none of them 0, got "
+            f"{tuple(states.shape)} and {tuple(actions.shape)}"
         )
     return torch.cat([beta * states, actions], dim=1)

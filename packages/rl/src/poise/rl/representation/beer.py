@@ -236,6 +236,8 @@ def _checked(
             f"{tuple(features.shape)} and {tuple(next_features.shape)}"
         )
     count, width = features.shape
+    if count == 0:
+        raise ValueError(f"features must hold at least one transition, got shape {tuple(features.shape)}")
     weight = head_weight.unsqueeze(0) if head_weight.ndim == 1 else head_weight
     if weight.ndim != 2 or weight.shape[1] != width or weight.shape[0] not in (1, count):
         raise ValueError(

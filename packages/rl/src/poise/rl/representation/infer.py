@@ -66,7 +66,13 @@ class InFeRRegularizer(Penalty):
         self.scale = scale
 
     def penalty(self, features: Float[Tensor, "batch d"], *inputs: Float[Tensor, "batch _"]) -> Tensor:
-        """The mean squared error of the heads on ``features`` of the network at ``inputs``."""
+        """The mean squared error of the heads on ``features`` of the network at ``inputs``.
+
+        Raises:
+            ValueError: there is no transition.
+        """
+        if len(features) == 0:
+            raise ValueError(f"features must hold at least one transition, got shape {tuple(features.shape)}")
         assert isinstance(self.initial, HasFeatures)
         with torch.no_grad():
             target = self.scale * self.initial_heads(self.initial.features(*inputs))

@@ -99,10 +99,10 @@ class CrossScalePyramid(nn.Module):
         """The concatenated means of the three scales, the smallest first.
 
         Raises:
-            ValueError: the map has no pixels.
+            ValueError: the map has no channels or no pixels.
         """
-        if 0 in features.shape[2:]:
-            raise ValueError(f"features must have pixels, got shape {tuple(features.shape)}")
+        if 0 in features.shape[1:]:
+            raise ValueError(f"features must have channels and pixels, got shape {tuple(features.shape)}")
         f1 = self.pool(features)
         f2 = self.pool(f1)
         f3 = self.pool(f2)

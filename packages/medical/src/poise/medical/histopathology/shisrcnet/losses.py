@@ -58,8 +58,13 @@ class SHISRCLoss(nn.Module):
             ``loss``, and of ``sr``, ``classification`` and ``contrastive`` those that were computed.
 
         Raises:
-            ValueError: ``hr`` and the super-resolved images differ in size.
+            ValueError: ``hr`` and the super-resolved images differ in size, or the labels do not fit the logits.
         """
+        if output.logits.ndim != 2 or labels.shape != output.logits.shape[:1]:
+            raise ValueError(
+                f"labels must be one per row of logits (batch, classes), got shapes {tuple(labels.shape)} and "
+                f"{tuple(output.logits.shape)}"
+            )
         if output.sr.shape != hr.shape:
             raise ValueError(
                 f"hr must have the size of the super-resolved images {tuple(output.sr.shape)}, got {tuple(hr.shape)}"

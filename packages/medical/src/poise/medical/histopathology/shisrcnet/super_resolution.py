@@ -73,6 +73,11 @@ class SRResNetMFE(nn.Module):
 
         Args:
             lr: low-resolution images, red, green and blue in [0, 1].
+
+        Raises:
+            ValueError: there are no images, or they have no pixels.
         """
+        if lr.numel() == 0:
+            raise ValueError(f"lr must hold images with pixels, got shape {tuple(lr.shape)}")
         sr = self.up(self.features(lr))
         return sr + interpolate(lr, scale_factor=self.scale, mode="bicubic") if self.bicubic_skip else sr

@@ -50,15 +50,15 @@ def multiscale_forward(
         For each scale logits (B, C, *S).
 
     Raises:
-        ValueError: ``x`` is neither 2-D nor 3-D or has no pixels, there is no scale or one that is not positive, or ``divisor`` is
+        ValueError: ``x`` is neither 2-D nor 3-D or is empty, there is no scale or one that is not positive, or ``divisor`` is
             below 1.
 
     Source:
         Liu et al. 2022, section 3 (multiscale consistency).
     """
-    if x.ndim not in _MODES or 0 in x.shape[2:]:
+    if x.ndim not in _MODES or 0 in x.shape:
         raise ValueError(
-            "x must be (batch, channels, height, width) or (batch, channels, depth, height, width), with pixels, "
+            "x must be (batch, channels, height, width) or (batch, channels, depth, height, width), none of them 0, "
             f"got {tuple(x.shape)}"
         )
     if not scales or not all(scale > 0 for scale in scales):
