@@ -139,7 +139,13 @@ class DatasetConstraint(Penalty):
     def penalty(
         self, states: Float[Tensor, "..."], actions: Float[Tensor, "..."], rows: Int64[Tensor, "..."] | None = None
     ) -> Tensor:
-        """The unweighted term; arguments as in :meth:`query`, ``actions`` with the policy's gradient."""
+        """The unweighted term; arguments as in :meth:`query`, ``actions`` with the policy's gradient.
+
+        Raises:
+            ValueError: there is no action, or as :meth:`query`.
+        """
+        if len(actions) == 0:
+            raise ValueError(f"actions must hold at least one row, got shape {tuple(actions.shape)}")
         if self.power == 2:
             return (actions - self.query(states, actions, rows).action).square().mean()
         _, index = self._nearest(states, actions, rows)
@@ -249,10 +255,10 @@ def _keys(states: Tensor, actions: Tensor, beta: float) -> Tensor:
     """``[beta s ; a]``, in which distances are Euclidean."""
     if not 0 <= beta < float("inf"):
         raise ValueError(f"beta must be finite and at least 0, got {beta}")
-    fit = states.ndim == actions.ndim == 2 and len(states) == len(actions)
-    if not fit or 0 in (*states.shape, *actions.shape):
+    if states.ndim != 2 or actions.ndim != 2 or len(states) != len(actions):
         raise ValueError(
-            "expected states (n, s) and actions (n, a) of one length, none of them 0, got "
-            f"{tuple(states.shape)} and {tuple(actions.shape)}"
+            f"expected states (n, s) and actions (n, a) of one length, got {tuple(states.shape)} and {tuple(actions.shape)}"
         )
+    if actions.shape[1] == 0:
+        raise ValueError(f"actions must have entries, got shape {tuple(actions.shape)}")
     return torch.cat([beta * states, actions], dim=1)
