@@ -435,7 +435,7 @@ def _elr_plus(
     loss: ELRPlusLoss, index: Tensor, mix: Mix, logits: Tensor, teacher: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     target = loss.update_targets(index, teacher, mix)
-    return target, loss(logits, mix(labels.softmax(-1)), target, step=20)
+    return target, loss(logits, mix(labels), target, step=20)
 
 
 def _elr_plus_pair() -> partial[Tensor]:
@@ -480,7 +480,7 @@ ELR = (
         build=lambda: partial(
             _elr_plus, ELRPlusLoss(7, 3, ramp_steps=50, refine_labels=True, memory=_bank(3)), ELR_INDEX, ELR_MIX
         ),
-        inputs=lambda g: (randn(g, 4, 3), randn(g, 4, 3), randn(g, 4, 3)),
+        inputs=lambda g: (randn(g, 4, 3), randn(g, 4, 3), randn(g, 4, 3).softmax(-1)),
         differentiable=(0, 2),
     ),
     Sample(
