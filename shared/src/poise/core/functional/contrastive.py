@@ -45,8 +45,8 @@ def nt_xent(
         TypeError: ``z1`` or ``z2`` is not floating-point.
 
     Source:
-        Chen, Kornblith, Norouzi and Hinton, "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, eq.
-        1.
+        Chen, Kornblith, Norouzi and Hinton, "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020,
+        eq. 1.
     """
     if z1.ndim != 2 or z1.shape != z2.shape or len(z1) == 0:
         raise ValueError(

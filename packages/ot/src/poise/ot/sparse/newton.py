@@ -7,7 +7,8 @@ marginals, bounds the step there and vanishes at the end.
 
 Qi and Sun, "A nonsmooth version of Newton's method", Mathematical Programming 58, 1993; for quadratically regularised transport:
 Lorenz, Manns and Meyer, "Quadratically Regularized Optimal Transport", Applied Mathematics and Optimization 83, 2021, arXiv
-1903.01112."""
+1903.01112.
+"""
 
 from typing import Protocol, runtime_checkable
 
