@@ -58,14 +58,18 @@ def _experiment(results: Results) -> Iterator[str]:
     if "quick" in results.figures:
         yield _picture(method, "quick")
     yield f"```sh\nuv run poise run {method.name}\n```"
-    paper = (
-        " `--preset paper --data DIR` runs the published settings on the published data."
-        if "paper" in method.presets
-        else ""
-    )
+    verdict = results.verdicts.get("quick")
+    quick = tuple(arm for arm in method.arms if verdict is None or arm in verdict["arms"])
+    others = tuple(arm for arm in method.arms if arm not in quick)
+    paper = ""
+    if "paper" in method.presets:
+        paper = (
+            " `--preset paper` runs the published settings; `--data DIR` names the published data where it reads any."
+        )
     yield (
-        f"The arms {_words(method.arms)} run on real data that ships with the packages.{paper} "
-        f"`uv run poise info {method.name}` lists every setting."
+        f"The arms {_words(quick)} run on real data that ships with the packages.{paper} "
+        + (f"Other presets have {_words(others)} as well. " if others else "")
+        + f"`uv run poise info {method.name}` lists every setting."
     )
     if not results.verdicts:
         yield "No verdict is published yet."
